@@ -1,0 +1,1 @@
+"""The compiler: passes over torch.fx graphs, and the layers they emit."""

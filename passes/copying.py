@@ -1,0 +1,82 @@
+"""Copies of a model: a faithful one to rewrite, and a throw-away shadow to trace.
+
+Hooks are never deep-copied (that would copy a user's tap object, or fail on an activation it holds): the faithful copy
+gets the same callables by reference, the shadow gets none. A hook that is a method of one of the model's own modules is
+bound to that module's twin, or it would go on changing the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from passes.errors import InputError
+from passes.layers.surgery import carry_hooks, hook_dicts
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_model(model: M) -> M:
+    """Return a deep copy of `model`: same class, modes, attributes and values; hooks by reference.
+
+    Raises:
+        InputError: a module holds something that can't be copied, such as a tensor with a gradient history.
+    """
+    twin = _deepcopy(model, {})
+    twins = dict(zip(model.modules(), twin.modules(), strict=True))
+    for module, other in twins.items():
+        carry_hooks(module, other)
+        for key in hook_dicts(other):
+            hooks = other.__dict__[key]
+            for handle, hook in hooks.items():
+                hooks[handle] = _rebound(hook, twins)
+    return twin
+
+
+def shadow(model: M) -> M:
+    """Return a copy of `model` for tracing: it shares the parameters and has no hooks.
+
+    Buffers are copied, so that whatever a forward does to them while it is traced stays in the shadow.
+    """
+    return _deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _deepcopy(model: M, memo: dict[int, Any]) -> M:
+    for module in model.modules():
+        memo.update((id(module.__dict__[key]), type(module.__dict__[key])()) for key in hook_dicts(module))
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(_culprit(model, memo) or f"{type(model).__name__} can't be copied: {error}") from error
+
+
+def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:
+    """Name the module and the attribute that can't be copied."""
+    inside = {id(module): module for module in model.modules()}
+    for path, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value, {**memo, **inside})
+            except Exception as error:
+                where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+                return (
+                    f"{where} holds {key!r} ({type(value).__name__}), which can't be copied: {error} "
+                    "Delete it before compiling, or keep a detached tensor there"
+                )
+    return None
+
+
+def _rebound(hook: Any, twins: dict[nn.Module, nn.Module]) -> Any:
+    owner = getattr(hook, "__self__", None)
+    if isinstance(hook, MethodType) and isinstance(owner, nn.Module) and owner in twins:
+        return MethodType(hook.__func__, twins[owner])
+    # Hooks around load_state_dict sit in a wrapper that holds their module.
+    owner = getattr(hook, "module", None)
+    if getattr(hook, "with_module", False) and callable(owner) and owner() in twins:
+        return type(hook)(hook.hook, twins[owner()])
+    return hook

@@ -1,0 +1,196 @@
+"""Grouped layers: physically regrouped convolutions and linear layers, what `sgfx.compile` returns.
+
+One packed parameter ``weight`` of shape ``[connections, *kernel]`` (linear: ``[connections, 1]``) holds a row for every
+kept (filter, input) pair, group after group; within a group filter after filter, each with the inputs of its group in
+ascending order. The block of a group is a view of it. Buffers, in the numbering of the dense layer:
+
+- ``filters`` ``[C_out]``: the filters of each group, side by side (P_out of eq. 17);
+- ``inputs`` ``[Σ m_g]``: what each group reads, one after the other (P_in of eq. 17);
+- ``block_sizes`` ``[groups, 2]``: how many filters and inputs each group has.
+
+A layer runs in one of two forms. ``"dense"`` scatters the rows into a dense weight and calls the library once: the
+default. ``"blocks"`` gathers the inputs of each group, computes its block and puts it in its place: the paper's
+deployment. Both give the same numbers; ``form`` is a plain attribute and not part of the state dict.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.errors import InputError
+from passes.layers.surgery import carry_over
+from passes.plan import LayerPlan
+
+L = TypeVar("L", bound="Grouped")
+Form = Literal["dense", "blocks"]
+STRUCTURE = ("filters", "inputs", "block_sizes")
+
+
+class Grouped(nn.Module):
+    """What all grouped layers share: the packed weight, its structure, and the two ways to run it."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    filters: Tensor
+    inputs: Tensor
+    block_sizes: Tensor
+    _rows: Tensor
+    _places: Tensor
+    _spatial_dims: int  # dimensions behind the channels
+
+    @classmethod
+    def from_dense(cls: type[L], layer: Any, plan: LayerPlan) -> L:
+        """Make the grouped twin of a dense or masked layer, with the weights that `plan` keeps.
+
+        The bias is shared, the kept weights are copied. Mode, hooks, ``requires_grad`` and the user's attributes move
+        along.
+        """
+        new = cls()
+        new._copy_geometry(layer)
+        new._set_structure(plan, layer.weight.device)
+        rows = layer.weight.detach().flatten(0, 1).index_select(0, new._rows)
+        new.weight = nn.Parameter(rows if rows.dim() > 1 else rows[:, None], requires_grad=layer.weight.requires_grad)
+        new.register_parameter("bias", layer.bias)
+        carry_over(layer, new)
+        return new
+
+    def __init__(self) -> None:
+        """Make an empty layer, for `from_dense` to fill."""
+        super().__init__()
+        self.form: Form = "dense"
+
+    def _copy_geometry(self, layer: Any) -> None:
+        """Copy the attributes that code asks a dense layer for."""
+        raise NotImplementedError
+
+    def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the library's layer with a dense weight ``[filters, inputs, *kernel]``."""
+        raise NotImplementedError
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Pad what the library's layer does not pad itself."""
+        return x
+
+    def _set_structure(self, plan: LayerPlan, device: torch.device) -> None:
+        if plan.labels is None or plan.keep is None:
+            raise InputError(f"a layer that is left alone can't be regrouped: {plan.reason}")
+        filters = torch.argsort(plan.labels, stable=True)
+        place, channel = plan.mask()[filters].nonzero().unbind(1)
+        self._blocks = tuple(plan.block_sizes)
+        self._dense_shape = (plan.out_channels, plan.in_channels, *plan.kernel_size)
+        self.register_buffer("filters", filters.to(device))
+        self.register_buffer("inputs", plan.keep.nonzero()[:, 1].to(device))
+        self.register_buffer("block_sizes", torch.tensor(plan.block_sizes, device=device))
+        # Derived from the three above: the dense row of each packed row, and where each filter lies in P_out.
+        self.register_buffer("_rows", (filters[place] * plan.in_channels + channel).to(device), persistent=False)
+        self.register_buffer("_places", torch.argsort(filters).to(device), persistent=False)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return len(self._blocks)
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight with 0 where a connection is pruned, ``[C_out, C_in, *kernel]``."""
+        filters, inputs, *kernel = self._dense_shape
+        rows = self.weight if kernel else self.weight[:, 0]
+        return rows.new_zeros(filters * inputs, *kernel).index_copy(0, self._rows, rows).view(self._dense_shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the layer in its present `form`; shapes are those of the dense layer."""
+        input = self._padded(input)
+        if self.form == "dense":
+            return self._call(input, self.dense_weight(), self.bias)
+        return self._forward_blocks(input)
+
+    def _forward_blocks(self, x: Tensor) -> Tensor:
+        """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17). A group without inputs yields its bias."""
+        channels = -1 - self._spatial_dims
+        kernel = self._dense_shape[2:]
+        weights = torch.split(self.weight, [filters * inputs for filters, inputs in self._blocks])
+        reads = torch.split(self.inputs, [inputs for _, inputs in self._blocks])
+        outputs = [
+            self._call(x.index_select(channels, read), weight.view(*block, *kernel), None) if block[1] else None
+            for block, read, weight in zip(self._blocks, reads, weights, strict=True)
+        ]
+        some = next(output for output in outputs if output is not None)  # a plan keeps at least one entry
+        blocks = [
+            output if output is not None else _zeros_like(some, channels, filters)
+            for output, (filters, _) in zip(outputs, self._blocks, strict=True)
+        ]
+        y = torch.cat(blocks, channels).index_select(channels, self._places)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * self._spatial_dims)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        filters, inputs = self._dense_shape[:2]
+        return f"{inputs}, {filters}, groups={self.num_groups}, connections={len(self.weight)}, form={self.form!r}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse weights of another structure: they may have the same shapes and another meaning."""
+        errors: list[str] = args[-1]
+        for name in STRUCTURE:
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.shape == own.shape and not torch.equal(given.cpu(), own.cpu()):
+                errors.append(f"{prefix}{name} differs: the weights belong to a layer that was grouped differently")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(output.shape)
+    shape[dim] = size
+    return output.new_zeros(shape)
+
+
+class _GroupedConv(Grouped):
+    def _copy_geometry(self, layer: Any) -> None:
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride = layer.kernel_size, layer.stride
+        self.padding, self.dilation = layer.padding, layer.dilation
+        self.padding_mode = layer.padding_mode
+        self._spatial_dims = len(layer.kernel_size)
+        self._pad = tuple(layer._reversed_padding_repeated_twice)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return x if self.padding_mode == "zeros" else F.pad(x, self._pad, mode=self.padding_mode)
+
+    def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self._spatial_dims - 1]
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return convolve(x, weight, bias, self.stride, padding, self.dilation)
+
+
+class GroupedConv1d(_GroupedConv):
+    """A regrouped `Conv1d`: ``[N, C_in, L]`` to ``[N, C_out, L′]``."""
+
+
+class GroupedConv2d(_GroupedConv):
+    """A regrouped `Conv2d`: ``[N, C_in, H, W]`` to ``[N, C_out, H′, W′]``."""
+
+
+class GroupedConv3d(_GroupedConv):
+    """A regrouped `Conv3d`: ``[N, C_in, D, H, W]`` to ``[N, C_out, D′, H′, W′]``."""
+
+
+class GroupedLinear(Grouped):
+    """A regrouped `Linear`: ``[…, C_in]`` to ``[…, C_out]``."""
+
+    def _copy_geometry(self, layer: Any) -> None:
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._spatial_dims = 0
+
+    def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+GROUPED: dict[type[nn.Module], type[Grouped]] = {
+    nn.Conv1d: GroupedConv1d,
+    nn.Conv2d: GroupedConv2d,
+    nn.Conv3d: GroupedConv3d,
+    nn.Linear: GroupedLinear,
+}

@@ -1,0 +1,42 @@
+"""Putting one module in the place of another. Surgery makes a new module and never edits the old one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# What a torch layer sets on itself; anything else in its __dict__ was put there by the user and moves along.
+_OF_TORCH = {
+    "transposed",
+    "output_padding",
+    "groups",
+    "_reversed_padding_repeated_twice",
+    "in_features",
+    "out_features",
+}
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Register `new` under the module path `path` of `model`, in the place and order of the old module."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = new
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` what `old` has beside its weights: mode, hooks (the same callables) and the user's own attributes."""
+    new.training = old.training
+    carry_hooks(old, new)
+    for key, value in old.__dict__.items():
+        if key not in new.__dict__ and key not in _OF_TORCH:
+            new.__dict__[key] = value
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Register the hooks of `old` on `new` by reference, in place of what `new` has."""
+    for key in hook_dicts(old):
+        new.__dict__[key] = old.__dict__[key].copy()
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def hook_dicts(module: nn.Module) -> list[str]:
+    """Names of the attributes in which a module keeps its hooks."""
+    return [key for key in module.__dict__ if key.startswith("_") and "_hooks" in key]

@@ -1,0 +1,54 @@
+"""Lowering: grouped layers in place of dense or masked ones; every pruned weight is physically gone.
+
+Exact: the lowered model computes what the masked one does, and has the same gradients with respect to the kept weights.
+The result is checked by tracing it again: every regrouped layer must be called where it was registered.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from passes.layers.grouped import GROUPED, Grouped
+from passes.layers.surgery import replace_module
+from passes.plan import LayerPlan, attach_plan
+from passes.trace import calls, trace
+from passes.unit import Pass, Unit
+
+
+def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
+    """Put grouped layers into `model` by its `plans`, in place; return whether anything changed."""
+    made = {
+        path: _grouped(layer, plan)
+        for path, plan in plans.items()
+        if plan.grouped and not isinstance(layer := model.get_submodule(path), Grouped)
+    }
+    for path, layer in made.items():  # only now that all of them exist: nothing is left half done
+        replace_module(model, path, layer)
+    for path, plan in plans.items():
+        attach_plan(model.get_submodule(path), plan)
+    return bool(made)
+
+
+def _grouped(layer: nn.Module, plan: LayerPlan) -> Grouped:
+    dense = next(base for base in GROUPED if isinstance(layer, base))
+    return GROUPED[dense].from_dense(layer, plan)
+
+
+class Lowering(Pass):
+    """Put grouped layers in place of all targets."""
+
+    name = "lowering"
+    requires = ("targets", "plans")
+
+    def run(self, unit: Unit) -> bool:
+        """Lower the model by its plans."""
+        return lower(unit.model, unit.plans)
+
+    def check(self, unit: Unit) -> str | None:
+        """Every target has as many rows as its plan has connections, and is called where it was registered."""
+        for path, plan in unit.plans.items():
+            layer = unit.model.get_submodule(path)
+            if plan.grouped and not (isinstance(layer, Grouped) and len(layer.weight) == plan.connections):
+                return f"layer {path!r} was not lowered to {plan.connections} connections"
+        called = {str(node.target) for _, node, _ in calls([trace(unit.model)])}
+        return next((f"nothing calls the lowered {path!r}" for path in unit.targets if path not in called), None)

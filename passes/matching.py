@@ -1,0 +1,32 @@
+"""How `ignore` and `overrides` name modules: exact dotted paths, or glob patterns over whole dotted paths.
+
+A ``*`` matches dots too: ``layer1.*`` covers everything below ``layer1``; ``conv1`` is not ``layer1.0.conv1``.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+
+def is_pattern(entry: str) -> bool:
+    """Whether an entry is a glob pattern rather than an exact name."""
+    return any(character in entry for character in "*?[")
+
+
+def matches(entry: str, path: str) -> bool:
+    """Whether a name or pattern means this very path.
+
+    >>> matches("conv1", "layer1.0.conv1"), matches("*.conv1", "layer1.0.conv1")
+    (False, True)
+    """
+    return fnmatchcase(path, entry) if is_pattern(entry) else path == entry
+
+
+def covers(entry: str, path: str) -> bool:
+    """Whether a name or pattern means this path or a module that holds it.
+
+    >>> covers("layer1", "layer1.0.conv1"), covers("layer1", "layer10.conv1")
+    (True, False)
+    """
+    parts = path.split(".")
+    return any(matches(entry, ".".join(parts[:end])) for end in range(1, len(parts) + 1))

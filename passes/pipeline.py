@@ -1,0 +1,17 @@
+"""The standard lists of passes: understand the model once, plan (at every pruning step), then mask or lower."""
+
+from __future__ import annotations
+
+from passes.grouping import Grouping
+from passes.importance import Importance
+from passes.lowering import Lowering
+from passes.masking import Masking
+from passes.pruning import Pruning
+from passes.selection import Selection
+from passes.trace import Trace
+from passes.unit import Pass
+
+ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
+PLANNING: tuple[Pass, ...] = (Importance(), Grouping(), Pruning())
+COMPILE: tuple[Pass, ...] = (*ANALYSIS, *PLANNING, Lowering())
+PRUNING_STEP: tuple[Pass, ...] = (*PLANNING, Masking())

@@ -1,0 +1,232 @@
+"""Selection: which layers will be regrouped, with what groups and ratio, and why the others are left alone.
+
+A layer stays as it is, with the first of these reasons that holds:
+ 1. it was compiled before, or is masked by a `Pruner`;
+ 2. it is matched by `ignore`;
+ 3. it lies inside a module that reads its parameters itself (`nn.MultiheadAttention`);
+ 4. its type is not exactly a torch layer class, its forward was replaced, or its weight is not a plain parameter of its
+    own (parametrized, weight-normed, shared with another module or read by another operation);
+ 5. it is transposed, depthwise or already grouped;
+ 6. nothing calls it in any mode;
+ 7. it is the first convolution in order of execution, or has fewer than 4 filters or 4 inputs. An exact name in
+    `overrides` lifts this rule.
+
+Naming a layer in `overrides` that rules 1 to 6 leave alone is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from passes.errors import InputError
+from passes.facts import Region, Settings, Target
+from passes.layers.grouped import GROUPED
+from passes.layers.masked import Masked
+from passes.matching import covers, matches
+from passes.plan import LayerPlan
+from passes.trace import calls
+from passes.unit import Pass, Unit
+
+MIN_CHANNELS = 4
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Usage:
+    """How the layers and parameters of a model are used in all of its graphs."""
+
+    def __init__(self, model: nn.Module, regions: list[Region]) -> None:
+        """Read the graphs and the parameters' places."""
+        self.called: set[str] = set()
+        self.leaves: dict[str, str] = {}
+        self.first_convolutions: set[str] = set()
+        modes: set[str] = set()
+        for mode, node, module in calls(regions):
+            path = str(node.target)
+            self.called.add(path)
+            self.leaves[path] = type(module).__name__
+            if isinstance(module, _ConvNd) and mode not in modes:
+                modes.add(mode)
+                self.first_convolutions.add(path)
+        graphs = [graph for region in regions for graph in region.graphs.values()]
+        self.read = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"}
+        self.sharers = _sharers(model)
+        self.listed = _listed(model)
+
+
+def _sharers(model: nn.Module) -> dict[str, str]:
+    """Parameters that overlap in memory with another one (or are registered twice): path to the other's path."""
+    spans = []
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter.data) is Tensor and parameter.layout == torch.strided and parameter.numel():
+            start = parameter.data_ptr()
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            spans.append((str(parameter.device), start, start + length * parameter.element_size(), path))
+    spans.sort()
+    sharers: dict[str, str] = {}
+    widest = None
+    for span in spans:
+        if widest is not None and widest[0] == span[0] and span[1] < widest[2]:
+            sharers.setdefault(span[3], widest[3])
+            sharers.setdefault(widest[3], span[3])
+        if widest is None or widest[0] != span[0] or span[2] > widest[2]:
+            widest = span
+    return sharers
+
+
+def _listed(model: nn.Module) -> dict[int, str]:
+    """Modules that a module also holds outside its registered children (in a plain list, say): id to where."""
+    found: dict[int, str] = {}
+
+    def visit(value: object, where: str, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(id(value), where)
+        elif isinstance(value, Mapping) and depth:
+            for item in value.values():
+                visit(item, where, depth - 1)
+        elif isinstance(value, list | tuple | set) and depth:
+            for item in value:
+                visit(item, where, depth - 1)
+
+    for path, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                visit(value, f"{path}.{key}".lstrip("."), 3)
+    return found
+
+
+def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
+    """Say why a layer can't be regrouped at all (rules 1 and 3 to 6), or None if it can."""
+    parts = path.split(".")
+    holders = (".".join(parts[:end]) for end in range(1, len(parts)))
+    inside = next((holder for holder in holders if holder in usage.leaves), None)
+    if inside is not None:
+        return f"inside {inside!r}, and {usage.leaves[inside]} reads its parameters itself"
+    return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)
+
+
+def _obstacle_of_type(layer: nn.Module) -> str | None:
+    if isinstance(layer, Masked):
+        return "already masked by a Pruner: call its lower() instead"
+    if hasattr(layer, "parametrizations"):
+        return "its weight is parametrized (torch.nn.utils.parametrize)"
+    if isinstance(layer, _ConvTransposeNd):
+        return "transposed convolution"
+    if type(layer) not in GROUPED:
+        return f"a subclass of torch's layers ({type(layer).__name__}), which may compute something else"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        return "its weight is computed (weight_norm, spectral_norm, prune), or it holds more than weight and bias"
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}".replace("torch.", "") + ", not a real floating-point tensor"
+    groups = getattr(layer, "groups", 1)
+    if groups > 1:
+        return "depthwise convolution" if groups == layer.in_channels else f"already grouped (groups={groups})"
+    return None
+
+
+def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
+    for name, parameter in layer.named_parameters():
+        full = f"{path}.{name}"
+        if full in usage.sharers:
+            return f"its {name} is shared with {usage.sharers[full]!r}"
+        if full in usage.read:
+            return f"its {name} is read by an operation outside its own call"
+        if parameter.dtype != layer.weight.dtype:
+            return f"its {name} has another dtype than its weight"
+    if id(layer) in usage.listed:
+        return f"also held outside the registered submodules, by {usage.listed[id(layer)]!r}"
+    if path not in usage.called:
+        return "nothing calls it, in eval or in train mode"
+    return None
+
+
+def _small(layer: nn.Module) -> str | None:
+    filters, inputs = (plan := LayerPlan.of(layer, reason="")).out_channels, plan.in_channels
+    if filters < MIN_CHANNELS:
+        return f"fewer than {MIN_CHANNELS} filters ({filters})"
+    if inputs < MIN_CHANNELS:
+        return f"fewer than {MIN_CHANNELS} inputs ({inputs})"
+    return None
+
+
+def _exempt(path: str, layer: nn.Module, usage: Usage) -> str | None:
+    """Rule 7: why a layer is left alone unless it is named."""
+    return "first convolution" if path in usage.first_convolutions else _small(layer)
+
+
+def select(model: nn.Module, regions: list[Region], settings: Settings) -> tuple[dict[str, Target], dict[str, str]]:
+    """Decide about every layer of `model`: what is asked of it, or the reason why it is left alone.
+
+    Raises:
+        InputError: an override names a layer that can't be regrouped, a weight lies on the meta device, or there is
+            nothing left to compress.
+    """
+    usage = Usage(model, regions)
+    targets, reasons = {}, {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, _ConvNd | nn.Linear):
+            continue
+        named = path in settings.overrides
+        reason = obstacle(path, layer, usage)
+        if reason is not None and named:
+            raise InputError(f"overrides names layer {path!r}, which can't be regrouped: {reason}")
+        if any(covers(entry, path) for entry in settings.ignore):
+            reason = "ignored"
+        elif reason is None and not named:
+            reason = _exempt(path, layer, usage)
+        if reason is None:
+            targets[path] = _target(path, layer, settings)
+        else:
+            reasons[path] = reason
+    if not targets:
+        raise InputError(f"{type(model).__name__} has nothing to compress" + _because(reasons))
+    return targets, reasons
+
+
+def _target(path: str, layer: nn.Module, settings: Settings) -> Target:
+    ratio = settings.ratio
+    if isinstance(layer, nn.Linear) and settings.linear_ratio is not None:
+        ratio = settings.linear_ratio
+    asked: dict[str, float] = {"groups": settings.groups, "ratio": ratio}
+    patterns = [values for entry, values in settings.overrides.items() if entry != path and matches(entry, path)]
+    for values in [*patterns, settings.overrides.get(path, {})]:  # later patterns win, and an exact name over them
+        asked.update(values)
+    filters = LayerPlan.of(layer, reason="").out_channels
+    return Target(min(int(asked["groups"]), filters), float(asked["ratio"]))
+
+
+def _because(reasons: dict[str, str]) -> str:
+    if not reasons:
+        return ": it has no convolutions or linear layers"
+    shown = [f"{path or 'the model itself'}: {reason}" for path, reason in list(reasons.items())[:5]]
+    more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
+    return ": " + "; ".join(shown + more)
+
+
+class Selection(Pass):
+    """Write the targets, and the reasons for everything left alone."""
+
+    name = "selection"
+    requires = ("regions",)
+    ensures = ("targets", "reasons")
+
+    def run(self, unit: Unit) -> bool:
+        """Decide about every layer."""
+        unit.targets, unit.reasons = select(unit.model, unit.regions, unit.settings)
+        return False
+
+    def check(self, unit: Unit) -> str | None:
+        """Every layer is a target or has a reason, and none is both."""
+        layers = {path for path, m in unit.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+        if unit.targets.keys() & unit.reasons.keys() or layers != unit.targets.keys() | unit.reasons.keys():
+            return "some layer is neither a target nor left alone, or both"
+        return None

@@ -1,0 +1,179 @@
+"""Checks of what the caller gives: the model as a whole, and every option. One clear message each, nothing changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from passes.errors import InputError
+from passes.facts import Criterion, Settings
+from passes.importance import NORMS
+from passes.matching import covers, is_pattern, matches
+
+
+def checked_settings(
+    model: nn.Module,
+    *,
+    groups: int = 8,
+    ratio: float,
+    linear_ratio: float | None = None,
+    ignore: str | nn.Module | Iterable[str | nn.Module] = (),
+    overrides: Mapping[str, Mapping[str, float]] | None = None,
+    criterion: Criterion = "l1",
+    example_inputs: Tensor | tuple[object, ...] | None = None,
+    seed: int = 0,
+) -> Settings:
+    """Check `model` and the options of `sgfx.compile`, and return them resolved to names of modules.
+
+    Raises:
+        InputError: a value is out of range, or a name or pattern matches nothing; says what to do.
+        TypeError: a value is of the wrong type.
+    """
+    check_model(model)
+    names = _ignored(model, ignore)
+    resolved = _overrides(model, overrides or {})
+    for path in resolved:
+        if not is_pattern(path) and (entry := next((e for e in names if covers(e, path)), None)) is not None:
+            raise InputError(f"{path!r} is both overridden and ignored (by {entry!r}); leave it out of one of them")
+    if not callable(criterion) and criterion not in NORMS:
+        raise InputError(f"criterion must be 'l1', 'l2' or a callable from weight to importance, not {criterion!r}")
+    return Settings(
+        groups=_integer(groups, "groups", 1),
+        ratio=_ratio(ratio, "ratio"),
+        linear_ratio=None if linear_ratio is None else _ratio(linear_ratio, "linear_ratio"),
+        ignore=names,
+        overrides=resolved,
+        criterion=criterion,
+        seed=_integer(seed, "seed", 0),
+        example_inputs=as_inputs(example_inputs),
+    )
+
+
+def as_inputs(example_inputs: object) -> tuple[object, ...] | None:
+    """Return example inputs as a tuple of positional arguments."""
+    if example_inputs is None or isinstance(example_inputs, tuple):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    raise TypeError(
+        f"example_inputs must be a tensor or a tuple of positional arguments, not {type(example_inputs).__name__}"
+    )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is not a plain module with real weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        where = f"module {path!r}" if path else "the model"
+        kind = type(module)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise InputError(f"{where} is wrapped in {kind.__name__}; compile its .module and wrap the result")
+        if kind.__module__.startswith("torch._dynamo"):
+            raise InputError(
+                f"{where} is a torch.compile wrapper; compile its ._orig_mod, then torch.compile the result"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{where} is TorchScript; compile the Python module it was made from")
+        if "quantized" in kind.__module__.split(".") and kind.__module__.startswith("torch."):
+            raise InputError(
+                f"{where} ({kind.__name__}) is quantized; compile the floating-point model, then quantize it"
+            )
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                _check_parameter(f"{where} ({kind.__name__})", name, tensor)
+
+
+def _check_parameter(where: str, name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise InputError(f"{where} is not initialised yet: run one batch through the model before compiling")
+    if tensor.is_meta:
+        raise InputError(f"{where} has its {name} on the meta device: load real weights before compiling")
+    if tensor.is_quantized:
+        raise InputError(f"{where} has a quantized {name}; compile the floating-point model, then quantize it")
+
+
+def _ratio(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1), not {value!r}")
+    if not 0 <= float(value) < 1:  # false for NaN too
+        raise InputError(f"{name} is the share of connections pruned and must lie in [0, 1), not {value}")
+    return float(value)
+
+
+def _integer(value: object, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if not least <= int(value) < 2**32:
+        raise InputError(f"{name} must be at least {least} and below 2³², not {value}")
+    return int(value)
+
+
+def step_ratio(value: object) -> float:
+    """Check the share that a pruning step adds, in (0, 1)."""
+    share = _ratio(value, "step")
+    if share == 0:
+        raise InputError("step must be greater than 0: it is the share of connections that each pruning step adds")
+    return share
+
+
+def _ignored(model: nn.Module, ignore: str | nn.Module | Iterable[str | nn.Module]) -> tuple[str, ...]:
+    entries = [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+    paths = {id(module): path for path, module in model.named_modules()}
+    names = []
+    for entry in entries:
+        if isinstance(entry, nn.Module):
+            if id(entry) not in paths:
+                raise InputError(f"ignore holds a {type(entry).__name__} that is not a module of the model")
+            names.append(paths[id(entry)])
+            continue
+        if not isinstance(entry, str):
+            raise TypeError(f"ignore takes names, patterns and modules, not {entry!r}")
+        if not any(matches(entry, path) for path in paths.values() if path):
+            raise InputError(f"ignore entry {entry!r} matches no module of the model" + _hint(entry, paths.values()))
+        names.append(entry)
+    return tuple(names)
+
+
+def _overrides(model: nn.Module, overrides: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a dict of names to dicts, not {type(overrides).__name__}")
+    layers = [path for path, module in model.named_modules() if isinstance(module, _ConvNd | nn.Linear)]
+    return {entry: _override(entry, values, layers) for entry, values in overrides.items()}
+
+
+def _override(entry: str, values: object, layers: list[str]) -> dict[str, float]:
+    if not isinstance(entry, str) or not isinstance(values, Mapping):
+        raise TypeError(f"overrides takes {{name or pattern: {{'groups': …, 'ratio': …}}}}, not {entry!r}: {values!r}")
+    unknown = values.keys() - {"groups", "ratio"}
+    if unknown:
+        raise InputError(f"override of {entry!r} sets {sorted(unknown)}, only 'groups' and 'ratio' can be set")
+    if not any(matches(entry, path) for path in layers):
+        kind = "pattern" if is_pattern(entry) else "name"
+        hint = (
+            f"; for all layers below it write '{entry}.*'"
+            if any(covers(entry, p) for p in layers)
+            else _hint(entry, layers)
+        )
+        raise InputError(f"override {kind} {entry!r} matches no convolution or linear layer{hint}")
+    checked: dict[str, float] = {}
+    if "groups" in values:
+        checked["groups"] = _integer(values["groups"], f"groups of override {entry!r}", 1)
+    if "ratio" in values:
+        checked["ratio"] = _ratio(values["ratio"], f"ratio of override {entry!r}")
+    return checked
+
+
+def _hint(entry: str, paths: Iterable[str]) -> str:
+    near = difflib.get_close_matches(entry, [path for path in paths if path], n=3)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    below = [path for path in paths if path.endswith(f".{entry}")]
+    return f"; names are whole paths, such as {below[0]!r}, or patterns, such as '*.{entry}'" if below else ""

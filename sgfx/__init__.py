@@ -1,0 +1,59 @@
+"""sgfx: a compiler that makes the layers of trained PyTorch vision networks group themselves.
+
+Importing it is light: torch and the compiler are imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from passes.errors import InputError, PassError
+    from passes.plan import LayerPlan, plans
+    from sgfx.compiler import compile
+    from sgfx.pruner import Pruner, Step
+    from sgfx.reporting import Report, report
+    from sgfx.training import Trainer
+
+_HOMES = {
+    "InputError": "passes.errors",
+    "LayerPlan": "passes.plan",
+    "PassError": "passes.errors",
+    "Pruner": "sgfx.pruner",
+    "Report": "sgfx.reporting",
+    "Step": "sgfx.pruner",
+    "Trainer": "sgfx.training",
+    "compile": "sgfx.compiler",
+    "plans": "passes.plan",
+    "report": "sgfx.reporting",
+}
+
+__version__ = version("sgfx")
+__all__ = [
+    "InputError",
+    "LayerPlan",
+    "PassError",
+    "Pruner",
+    "Report",
+    "Step",
+    "Trainer",
+    "compile",
+    "plans",
+    "report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sgfx' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

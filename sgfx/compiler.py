@@ -1,0 +1,106 @@
+"""`sgfx.compile`: the standard list of passes in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from passes.adoption import adopt
+from passes.copying import copy_model
+from passes.errors import InputError
+from passes.facts import Criterion
+from passes.manager import run_passes
+from passes.pipeline import COMPILE
+from passes.settings import checked_settings
+from passes.unit import Unit
+from sgfx.pruner import Pruner, Step
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def compile(
+    model: M,
+    *,
+    groups: int = 8,
+    ratio: float,
+    linear_ratio: float | None = None,
+    ignore: str | nn.Module | Iterable[str | nn.Module] = (),
+    overrides: Mapping[str, Mapping[str, float]] | None = None,
+    criterion: Criterion = "l1",
+    example_inputs: Tensor | tuple[object, ...] | None = None,
+    seed: int = 0,
+    inplace: bool = False,
+    step: float | None = None,
+    finetune: Callable[[M, Step], object] | None = None,
+) -> M:
+    """Regroup the convolutions and linear layers of a trained model physically.
+
+    The result is a copy of `model`, of the same class, with grouped layers in the places of the dense ones. It is an
+    ordinary module: train it, pickle it, move it. `sgfx.plans` and `sgfx.report` say what became of each layer.
+
+    Args:
+        model: a trained model that torch.fx can trace. It is neither run nor changed.
+        groups: groups per layer, at most; clipped to the layer's filters.
+        ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
+        linear_ratio: the same for linear layers; None means `ratio`.
+        ignore: names, glob patterns or modules to leave alone; a name covers everything below it.
+        overrides: ``{name or pattern: {"groups": …, "ratio": …}}``. An exact name also lifts the rules that leave the
+            first convolution and layers of fewer than 4 filters or inputs alone; a pattern only sets values for layers
+            that are regrouped anyway. Later patterns win over earlier ones, exact names over patterns.
+        criterion: ``"l1"``, ``"l2"``, or a callable from the weight ``[C_out, C_in, *kernel]`` to an importance
+            ``[C_out, C_in]``, finite and not negative (eq. 5, 6).
+        example_inputs: a tensor or a tuple of positional arguments; checked against the model, never computed with.
+        seed: seed of the clustering; no global random state is read or changed.
+        inplace: change `model` itself, after everything has succeeded on a copy, and return it.
+        step: prune in steps of this share, as the paper's local scheme does, instead of at once.
+        finetune: ``finetune(model, step)`` trains the masked model in place after each step. An exception from it
+            carries the `Pruner` as its attribute ``pruner``, which goes on from the step that failed.
+
+    Raises:
+        InputError: (a ValueError) the model or an option can't be compiled; names the layer and the way out.
+        TypeError: an argument is of the wrong type.
+    """
+    options: dict[str, Any] = {
+        "groups": groups,
+        "ratio": ratio,
+        "linear_ratio": linear_ratio,
+        "ignore": ignore,
+        "overrides": overrides,
+        "criterion": criterion,
+        "example_inputs": example_inputs,
+        "seed": seed,
+    }
+    if step is not None:
+        small = _compile_in_steps(model, step, finetune, options)
+    elif finetune is not None:
+        raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
+    else:
+        settings = checked_settings(model, **options)
+        unit = Unit(copy_model(model), settings)
+        run_passes(COMPILE, unit)
+        small = cast(M, unit.model)
+    if not inplace:
+        return small
+    adopt(model, small)
+    return model
+
+
+def _compile_in_steps(
+    model: M, step: float, finetune: Callable[[M, Step], object] | None, options: dict[str, Any]
+) -> M:
+    pruner = Pruner(model, step=step, **options)
+    for each in pruner:
+        if finetune is None:
+            continue
+        try:
+            finetune(pruner.model, each)
+        except BaseException as error:
+            error.pruner = pruner  # type: ignore[attr-defined]
+            error.add_note(
+                f"sgfx: finetune failed at step {each.index} of {len(pruner)}. The exception's .pruner holds the "
+                "masked model: iterate over it to go on from this step"
+            )
+            raise
+    return pruner.lower()

@@ -1,0 +1,231 @@
+"""`sgfx.Pruner`: the paper's local scheme inside the user's own training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from passes.copying import copy_model
+from passes.errors import InputError
+from passes.facts import Criterion
+from passes.lowering import Lowering
+from passes.manager import run_passes
+from passes.masking import mask, masked_layer
+from passes.pipeline import ANALYSIS, PRUNING_STEP
+from passes.plan import LayerPlan, network_ratios
+from passes.settings import checked_settings, step_ratio
+from passes.unit import Unit
+
+M = TypeVar("M", bound=nn.Module)
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pruning step.
+
+    Attributes:
+        index: number of the step, from 1.
+        requested_ratio: cumulative share of the regrouped layers' weights that was to be pruned so far (eq. 14).
+        achieved_ratio: the share that is pruned.
+    """
+
+    index: int
+    requested_ratio: float
+    achieved_ratio: float
+
+
+class Pruner(Generic[M]):
+    """Prunes a model step by step, for a training loop of your own.
+
+    ::
+
+        pruner = sgfx.Pruner(model, groups=8, ratio=0.8, step=0.05)
+        for step in pruner:
+            train(pruner.model, epochs=4)  # masked: an ordinary module with the dense parameters
+        small = pruner.lower()
+
+    At step ``s`` each layer is pruned to ``min(s · step, its ratio)``: importance, groups and masks are worked out anew
+    from the masked weights. Parameters stay the same objects, so one optimizer serves all steps. A step is complete
+    when the next one is asked for: leaving the loop inside a step and entering it again repeats that step, without
+    clustering again.
+
+    Attributes:
+        model: the masked copy of the model, to be trained in place.
+    """
+
+    def __init__(
+        self,
+        model: M,
+        *,
+        groups: int = 8,
+        ratio: float,
+        step: float,
+        linear_ratio: float | None = None,
+        ignore: str | nn.Module | Iterable[str | nn.Module] = (),
+        overrides: Mapping[str, Mapping[str, float]] | None = None,
+        criterion: Criterion = "l1",
+        example_inputs: Tensor | tuple[object, ...] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Copy `model`, select its layers and put masked layers in their places, with nothing pruned yet.
+
+        Args are those of `sgfx.compile`; `step` is the share of each layer's connections pruned per step, in (0, 1).
+
+        Raises:
+            InputError: (a ValueError) the model or an option can't be compiled; names the layer and the way out.
+            TypeError: an argument is of the wrong type.
+        """
+        settings = checked_settings(
+            model,
+            groups=groups,
+            ratio=ratio,
+            linear_ratio=linear_ratio,
+            ignore=ignore,
+            overrides=overrides,
+            criterion=criterion,
+            example_inputs=example_inputs,
+            seed=seed,
+        )
+        self._step = step_ratio(step)
+        self.model: M = copy_model(model)
+        self._unit = Unit(self.model, settings)
+        run_passes(ANALYSIS, self._unit)
+        for path in self._unit.targets:
+            masked_layer(self.model, path)
+        self._index = 0
+        self._open = False  # whether step `_index` was handed out and is not complete yet
+        self._lowered = False
+
+    def __len__(self) -> int:
+        """Number of steps in total."""
+        ratio = max(target.ratio for target in self._unit.targets.values())
+        return max(1, math.ceil(ratio / self._step - 1e-9))
+
+    def __iter__(self) -> Iterator[Step]:
+        """Prune step by step, from where the pruner stands; see the class."""
+        self._check_not_lowered("iterate")
+        while self._open or self._index < len(self):
+            if not self._open:
+                self._advance()
+            step = self._record()
+            yield step
+            self._check_not_lowered("go on")
+            if step.index == self._index:
+                self._open = False
+
+    def _advance(self) -> None:
+        index = self._index + 1
+        self._unit.limit = 1.0 if index == len(self) else round(index * self._step, 12)
+        run_passes(PRUNING_STEP, self._unit)
+        self._index, self._open = index, True
+
+    def _record(self) -> Step:
+        requested, achieved = network_ratios(self._unit.plans)
+        return Step(self._index, requested, achieved)
+
+    def lower(self) -> M:
+        """Regroup the masked model physically, in place, and return it: `model` is then the small model.
+
+        It may be called before all steps are done, and lowers what is masked then.
+
+        Raises:
+            InputError: it was called before, or before the first step.
+        """
+        self._check_not_lowered("lower")
+        if self._index == 0:
+            raise InputError("nothing is pruned yet: iterate over the pruner before lower()")
+        run_passes([Lowering()], self._unit)
+        self._lowered = True
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on in a new process, the model's state included.
+
+        Holds tensors, numbers and strings only: ``torch.save`` it, read it with ``torch.load(…, weights_only=True)``.
+        As with modules, its tensors are the live ones.
+        """
+        self._check_not_lowered("save")
+        plans = self._unit.plans if self._index else {}
+        return {
+            "version": STATE_VERSION,
+            "options": self._options(),
+            "index": self._index,
+            "open": self._open,
+            "plans": {
+                path: {"labels": plan.labels, "keep": plan.keep, "requested_ratio": plan.requested_ratio}
+                for path, plan in plans.items()
+                if plan.grouped
+            },
+            "model": self.model.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. The pruner must be made from the same kind of model with the same options.
+
+        A state that was saved in the body of the loop repeats that step.
+
+        Raises:
+            InputError: the state is not a pruner's, or belongs to another model or other options. Nothing is changed.
+        """
+        self._check_not_lowered("load into")
+        self._check_state(state)
+        plans = self._loaded_plans(state["plans"]) if state["index"] else None
+        self.model.load_state_dict(state["model"])
+        self._index, self._open = state["index"], state["open"]
+        if plans is not None:
+            self._unit.plans = plans
+            mask(self.model, plans)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        expected = {"version", "options", "index", "open", "plans", "model"}
+        if not isinstance(state, Mapping) or state.keys() != expected:
+            raise InputError("this is not the state of a Pruner (as its state_dict() gives)")
+        if state["version"] != STATE_VERSION:
+            raise InputError(f"the state has version {state['version']}, this sgfx reads version {STATE_VERSION}")
+        mine, theirs = self._options(), state["options"]
+        other = [
+            f"{key} ({theirs.get(key)!r} in the state, {mine[key]!r} here)"
+            for key in mine
+            if theirs.get(key) != mine[key]
+        ]
+        if other:
+            raise InputError("the state was saved with other options: " + ", ".join(other))
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        given = {name: getattr(tensor, "shape", None) for name, tensor in state["model"].items()}
+        wrong = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        if wrong:
+            raise InputError(f"the state belongs to another model: {', '.join(wrong[:3])} differ ({len(wrong)} in all)")
+
+    def _loaded_plans(self, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerPlan]:
+        if saved.keys() != self._unit.targets.keys():
+            raise InputError("the state belongs to another model: it prunes other layers")
+        made = {}
+        for path, layer in self.model.named_modules():
+            if path in saved:
+                made[path] = LayerPlan.of(layer, **saved[path])
+            elif path in self._unit.reasons:
+                made[path] = LayerPlan.of(layer, reason=self._unit.reasons[path])
+        return made
+
+    def _options(self) -> dict[str, Any]:
+        settings = self._unit.settings
+        criterion = settings.criterion if isinstance(settings.criterion, str) else "callable"
+        return {
+            "groups": settings.groups,
+            "ratio": settings.ratio,
+            "linear_ratio": settings.linear_ratio,
+            "ignore": list(settings.ignore),
+            "overrides": {entry: dict(values) for entry, values in settings.overrides.items()},
+            "criterion": criterion,
+            "seed": settings.seed,
+            "step": self._step,
+        }
+
+    def _check_not_lowered(self, action: str) -> None:
+        if self._lowered:
+            raise InputError(f"can't {action}: lower() was called, and its result is the model; make a new Pruner")

@@ -1,0 +1,256 @@
+"""`sgfx.report`: what became of each layer, and what was asked for beside what was achieved.
+
+MACs are those of convolutions and matrix products; one multiply-add is one. fvcore counts the small model in its
+"blocks" form, so what is counted is what is computed. A model that fvcore can't trace is counted by torch's flop
+counter, halved.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.copying import shadow
+from passes.errors import InputError
+from passes.layers.grouped import Grouped
+from passes.plan import LayerPlan, plans
+from passes.random_state import preserved_random_state
+from passes.settings import as_inputs, check_model
+
+COUNTED = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "einsum"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, dense and small.
+
+    Attributes:
+        path: module path.
+        kind: the dense layer's class.
+        groups: groups found; 0 if the layer was left alone.
+        block_sizes: for each group, its filters and the inputs it reads.
+        requested_ratio, achieved_ratio: share of connections pruned (eq. 13); 0 if the layer was left alone.
+        params_dense, params: parameters, bias included.
+        macs_dense, macs: multiply-adds for the example inputs.
+        reason: why the layer was left alone, or None.
+    """
+
+    path: str
+    kind: str
+    groups: int
+    block_sizes: list[tuple[int, int]]
+    requested_ratio: float
+    achieved_ratio: float
+    params_dense: int
+    params: int
+    macs_dense: int
+    macs: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share removed: what was asked for, and what was achieved."""
+
+    requested: float
+    achieved: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sgfx.report` returns: print it, or take plain data from `to_dict`.
+
+    Attributes:
+        layers: one entry for each convolution and linear layer, in the order of ``named_modules()``.
+        params_dense, params, macs_dense, macs: totals over the whole model.
+        connections_removed: share of the regrouped layers' connections.
+        params_removed, macs_removed: shares of the totals above.
+    """
+
+    layers: tuple[LayerReport, ...]
+    params_dense: int
+    params: int
+    macs_dense: int
+    macs: int
+    connections_removed: Share
+    params_removed: Share
+    macs_removed: Share
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data: dicts, lists, numbers and strings, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The report as a table for the terminal."""
+        from tabulate import tabulate
+
+        head = ["layer", "groups", "filters", "inputs", "asked", "pruned", "params", "MACs", "left alone because"]
+        table = tabulate([_row(layer) for layer in self.layers], head, colalign=["left"] + ["right"] * 7 + ["left"])
+        shares = {
+            "connections": self.connections_removed,
+            "parameters": self.params_removed,
+            "MACs": self.macs_removed,
+        }
+        counts = {
+            "connections": ["", ""],
+            "parameters": [short(self.params_dense), short(self.params)],
+            "MACs": [short(self.macs_dense), short(self.macs)],
+        }
+        totals = [
+            [name, *counts[name], _percent(share.requested), _percent(share.achieved)] for name, share in shares.items()
+        ]
+        below = ["removed", "dense", "small", "asked", "achieved"]
+        return f"{table}\n\n{tabulate(totals, below, colalign=['left'] + ['right'] * 4)}"
+
+
+def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[object, ...]) -> Report:
+    """Compare a compiled model with the dense one it was made from.
+
+    Args:
+        dense: the model before `sgfx.compile`. Neither model is changed.
+        small: what `sgfx.compile` or `Pruner.lower` returned, or a masked model (which computes as much as `dense`).
+        example_inputs: a tensor or a tuple of positional arguments; MACs are counted for these.
+
+    Raises:
+        InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
+    """
+    check_model(dense)
+    check_model(small)
+    found = plans(small)
+    if not found:
+        raise InputError("small has no layer plans: it must be what sgfx.compile or Pruner.lower returned")
+    modules = dict(dense.named_modules())
+    for path, plan in found.items():
+        if path not in modules or LayerPlan.of(modules[path], reason="").dense_shape != plan.dense_shape:
+            raise InputError(f"small is no compiled form of dense: layer {path!r} of small is not in dense, or differs")
+    inputs = as_inputs(example_inputs) or ()
+    before, after = count_macs(dense, inputs), count_macs(small, inputs)
+    return _assemble(dense, small, found, before, after)
+
+
+def _assemble(
+    dense: nn.Module, small: nn.Module, found: dict[str, LayerPlan], before: Counter[str], after: Counter[str]
+) -> Report:
+    layers = tuple(
+        LayerReport(
+            path=path,
+            kind=plan.kind,
+            groups=plan.groups,
+            block_sizes=plan.block_sizes,
+            requested_ratio=plan.requested_ratio or 0.0,
+            achieved_ratio=plan.achieved_ratio,
+            params_dense=_parameters(dense.get_submodule(path)),
+            params=_parameters(small.get_submodule(path)),
+            macs_dense=before[path],
+            macs=after[path],
+            reason=plan.reason,
+        )
+        for path, plan in found.items()
+    )
+    grouped = [(layer, found[layer.path]) for layer in layers if layer.reason is None]
+    params, macs = _parameters(dense), before[""]
+    pairs = sum(plan.out_channels * plan.in_channels for _, plan in grouped)
+    return Report(
+        layers,
+        params,
+        _parameters(small),
+        macs,
+        after[""],
+        Share(
+            sum(layer.requested_ratio * p.out_channels * p.in_channels for layer, p in grouped) / max(pairs, 1),
+            1 - sum(plan.connections for _, plan in grouped) / max(pairs, 1),
+        ),
+        Share(sum(layer.requested_ratio * p.weights for layer, p in grouped) / params, 1 - _parameters(small) / params),
+        Share(
+            sum(layer.requested_ratio * layer.macs_dense for layer, _ in grouped) / max(macs, 1),
+            1 - after[""] / max(macs, 1),
+        ),
+    )
+
+
+def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    """Multiply-adds of convolutions and matrix products by module path, each with what is below it; "" is the total.
+
+    The model itself is not run: a copy without hooks is, in eval mode.
+    """
+    twin = shadow(model).eval()
+    for module in twin.modules():
+        if isinstance(module, Grouped):
+            module.form = "blocks"
+    with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fvcore's import, and jit tracing
+        try:
+            return _counted_by_fvcore(twin, inputs)
+        except Exception:
+            return _counted_by_torch(twin, inputs)
+
+
+def _counted_by_fvcore(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    counts = analysis.by_module_and_operator()
+    return Counter({path: int(sum(n for op, n in ops.items() if op in COUNTED)) for path, ops in counts.items()})
+
+
+def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
+        raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error
+    root = type(model).__name__
+    counts = {path.removeprefix(root).removeprefix("."): ops for path, ops in counter.get_flop_counts().items()}
+    counts[""] = counts.pop("Global", counts.get("", {}))
+    return Counter({path: sum(ops.values()) // 2 for path, ops in counts.items()})
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _row(layer: LayerReport) -> list[str]:
+    filters = [size for size, _ in layer.block_sizes]
+    inputs = [size for _, size in layer.block_sizes]
+    grouped = layer.reason is None
+    return [
+        layer.path,
+        str(layer.groups) if grouped else "",
+        _span(filters),
+        _span(inputs),
+        _percent(layer.requested_ratio) if grouped else "",
+        _percent(layer.achieved_ratio) if grouped else "",
+        f"{short(layer.params_dense)} → {short(layer.params)}" if grouped else short(layer.params),
+        f"{short(layer.macs_dense)} → {short(layer.macs)}" if grouped else short(layer.macs),
+        layer.reason or "",
+    ]
+
+
+def _span(sizes: list[int]) -> str:
+    return f"{min(sizes)}–{max(sizes)}" if sizes else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def short(count: int) -> str:
+    """A count with three significant digits and its unit.
+
+    >>> short(999), short(25_557_032), short(4_089_184_256)
+    ('999', '25.6M', '4.09G')
+    """
+    if count < 1000:
+        return str(count)
+    power = min(int(math.log10(count)) // 3, 4)
+    value = count / 1000**power
+    return f"{value:.{2 - int(math.log10(value))}f}{' KMGT'[power]}"

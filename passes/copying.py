@@ -8,10 +8,11 @@ bound to that module's twin, or it would go on changing the original.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.layers.surgery import carry_hooks, hook_dicts
@@ -19,13 +20,17 @@ from passes.layers.surgery import carry_hooks, hook_dicts
 M = TypeVar("M", bound=nn.Module)
 
 
-def copy_model(model: M) -> M:
+def copy_model(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     """Return a deep copy of `model`: same class, modes, attributes and values; hooks by reference.
+
+    Args:
+        model: any module.
+        shared: tensors that are not worth a copy, since they will be replaced: the copy holds the same objects.
 
     Raises:
         InputError: a module holds something that can't be copied, such as a tensor with a gradient history.
     """
-    twin = _deepcopy(model, {})
+    twin = _deepcopy(model, {id(tensor): tensor for tensor in shared})
     twins = dict(zip(model.modules(), twin.modules(), strict=True))
     for module, other in twins.items():
         carry_hooks(module, other)

@@ -13,5 +13,5 @@ from passes.unit import Pass
 
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 PLANNING: tuple[Pass, ...] = (Importance(), Grouping(), Pruning())
-COMPILE: tuple[Pass, ...] = (*ANALYSIS, *PLANNING, Lowering())
+LOWERING: tuple[Pass, ...] = (Lowering(),)
 PRUNING_STEP: tuple[Pass, ...] = (*PLANNING, Masking())

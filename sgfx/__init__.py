@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from passes.plan import LayerPlan, plans
     from sgfx.compiler import compile
     from sgfx.pruner import Pruner, Step
-    from sgfx.reporting import Report, report
+    from sgfx.reporting import Report, Share, report
     from sgfx.training import Trainer
 
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "PassError": "passes.errors",
     "Pruner": "sgfx.pruner",
     "Report": "sgfx.reporting",
+    "Share": "sgfx.reporting",
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
     "compile": "sgfx.compiler",
@@ -37,6 +38,7 @@ __all__ = [
     "PassError",
     "Pruner",
     "Report",
+    "Share",
     "Step",
     "Trainer",
     "compile",

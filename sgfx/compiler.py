@@ -12,7 +12,7 @@ from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Criterion
 from passes.manager import run_passes
-from passes.pipeline import COMPILE
+from passes.pipeline import ANALYSIS, LOWERING, PLANNING
 from passes.settings import checked_settings
 from passes.unit import Unit
 from sgfx.pruner import Pruner, Step
@@ -77,14 +77,22 @@ def compile(
     elif finetune is not None:
         raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
     else:
-        settings = checked_settings(model, **options)
-        unit = Unit(copy_model(model), settings)
-        run_passes(COMPILE, unit)
-        small = cast(M, unit.model)
+        small = _compile_at_once(model, options)
     if not inplace:
         return small
     adopt(model, small)
     return model
+
+
+def _compile_at_once(model: M, options: dict[str, Any]) -> M:
+    """Plan on the live model, which these passes only read, and lower a copy without the weights that go anyway."""
+    unit = Unit(model, checked_settings(model, **options))
+    run_passes((*ANALYSIS, *PLANNING), unit)
+    weights = [cast(Tensor, model.get_submodule(path).weight) for path in unit.targets]
+    small = copy_model(model, shared=weights)
+    unit.model = small
+    run_passes(LOWERING, unit)
+    return small
 
 
 def _compile_in_steps(

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Criterion
-from passes.lowering import Lowering
 from passes.manager import run_passes
 from passes.masking import mask, masked_layer
-from passes.pipeline import ANALYSIS, PRUNING_STEP
+from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
 from passes.plan import LayerPlan, network_ratios
 from passes.settings import checked_settings, step_ratio
 from passes.unit import Unit
@@ -139,7 +138,7 @@ class Pruner(Generic[M]):
         self._check_not_lowered("lower")
         if self._index == 0:
             raise InputError("nothing is pruned yet: iterate over the pruner before lower()")
-        run_passes([Lowering()], self._unit)
+        run_passes(LOWERING, self._unit)
         self._lowered = True
         return self.model
 

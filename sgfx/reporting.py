@@ -91,7 +91,12 @@ class Report:
         from tabulate import tabulate
 
         head = ["layer", "groups", "filters", "inputs", "asked", "pruned", "params", "MACs", "left alone because"]
-        table = tabulate([_row(layer) for layer in self.layers], head, colalign=["left"] + ["right"] * 7 + ["left"])
+        table = tabulate(
+            [_row(layer) for layer in self.layers],
+            head,
+            colalign=["left"] + ["right"] * 7 + ["left"],
+            disable_numparse=True,
+        )
         shares = {
             "connections": self.connections_removed,
             "parameters": self.params_removed,

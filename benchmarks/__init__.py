@@ -1,0 +1,1 @@
+"""Measured comparisons. Ratios inside one run, medians; the machines are noisy."""

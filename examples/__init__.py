@@ -1,0 +1,1 @@
+"""Programs that use sgfx as its users do."""

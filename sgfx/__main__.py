@@ -1,0 +1,7 @@
+"""``python -m sgfx`` is the `sgfx` command."""
+
+import sys
+
+from sgfx.cli import main
+
+sys.exit(main())

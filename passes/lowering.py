@@ -38,7 +38,7 @@ class Lowering(Pass):
     """Put grouped layers in place of all targets."""
 
     name = "lowering"
-    requires = ("targets", "plans")
+    requires = ("plans",)
 
     def run(self, unit: Unit) -> bool:
         """Lower the model by its plans."""
@@ -51,4 +51,5 @@ class Lowering(Pass):
             if plan.grouped and not (isinstance(layer, Grouped) and len(layer.weight) == plan.connections):
                 return f"layer {path!r} was not lowered to {plan.connections} connections"
         called = {str(node.target) for _, node, _ in calls([trace(unit.model)])}
-        return next((f"nothing calls the lowered {path!r}" for path in unit.targets if path not in called), None)
+        lowered = (path for path, plan in unit.plans.items() if plan.grouped)
+        return next((f"nothing calls the lowered {path!r}" for path in lowered if path not in called), None)

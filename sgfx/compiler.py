@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from passes.adoption import adopt
 from passes.copying import copy_model
 from passes.errors import InputError
-from passes.facts import Criterion
+from passes.facts import Criterion, Settings
 from passes.manager import run_passes
 from passes.pipeline import ANALYSIS, LOWERING, PLANNING
+from passes.plan import LayerPlan
 from passes.settings import checked_settings
 from passes.unit import Unit
 from sgfx.pruner import Pruner, Step
@@ -86,13 +87,21 @@ def compile(
 
 def _compile_at_once(model: M, options: dict[str, Any]) -> M:
     """Plan on the live model, which these passes only read, and lower a copy without the weights that go anyway."""
-    unit = Unit(model, checked_settings(model, **options))
-    run_passes((*ANALYSIS, *PLANNING), unit)
-    weights = [cast(Tensor, model.get_submodule(path).weight) for path in unit.targets]
-    small = copy_model(model, shared=weights)
-    unit.model = small
+    settings = checked_settings(model, **options)
+    plans = _planned(model, settings)
+    replaced = [cast(Tensor, model.get_submodule(path).weight) for path, plan in plans.items() if plan.grouped]
+    small = copy_model(model, shared=replaced)
+    unit = Unit(small, settings)
+    unit.plans = plans
     run_passes(LOWERING, unit)
     return small
+
+
+def _planned(model: nn.Module, settings: Settings) -> dict[str, LayerPlan]:
+    """Plan every layer; graphs and importance vectors, as large as the weights, are gone when this returns."""
+    unit = Unit(model, settings)
+    run_passes((*ANALYSIS, *PLANNING), unit)
+    return unit.plans
 
 
 def _compile_in_steps(

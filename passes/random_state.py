@@ -14,8 +14,10 @@ import torch
 def preserved_random_state() -> Iterator[None]:
     """Put the global generators of torch (CPU and GPUs), numpy and Python back on leaving, whatever happened inside."""
     python, numpy = random.getstate(), np.random.get_state()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = list(range(torch.cuda.device_count())) if initialized else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(python)

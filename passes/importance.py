@@ -39,7 +39,11 @@ def importance(weight: Tensor, criterion: Criterion = "l1") -> Tensor:
     if not torch.isfinite(weight).all():
         raise InputError("its weight holds NaN or infinite values; repair or retrain the layer, or ignore it")
     if callable(criterion):
-        return _checked(criterion(weight), weight)
+        try:
+            vectors = criterion(weight)
+        except Exception as error:
+            raise InputError(f"the criterion failed on a weight {list(weight.shape)}: {error}") from error
+        return _checked(vectors, weight)
     precise = weight if weight.dtype == torch.float64 else weight.float()
     norm: Tensor = torch.linalg.vector_norm(precise.reshape(*weight.shape[:2], -1), NORMS[criterion], dim=2)
     return norm.cpu()

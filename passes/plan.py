@@ -163,4 +163,4 @@ def network_ratios(plans: Mapping[str, LayerPlan]) -> tuple[float, float]:
     total = sum(weights.values())
     requested = sum((plans[path].requested_ratio or 0) * count for path, count in weights.items())
     achieved = sum(plans[path].achieved_ratio * count for path, count in weights.items())
-    return requested / total, achieved / total
+    return round(requested / total, 12), achieved / total  # rounded, so that a sum of 0.2 each reads 0.2

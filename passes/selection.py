@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.errors import InputError
 from passes.facts import Region, Settings, Target
-from passes.layers.grouped import GROUPED
+from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.matching import covers, matches
 from passes.plan import LayerPlan
@@ -101,6 +101,8 @@ def _listed(model: nn.Module) -> dict[int, str]:
 
 def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
     """Say why a layer can't be regrouped at all (rules 1 and 3 to 6), or None if it can."""
+    if not path:
+        return "the model is a layer itself: wrap it in nn.Sequential"
     parts = path.split(".")
     holders = (".".join(parts[:end]) for end in range(1, len(parts)))
     inside = next((holder for holder in holders if holder in usage.leaves), None)
@@ -188,7 +190,7 @@ def select(model: nn.Module, regions: list[Region], settings: Settings) -> tuple
         else:
             reasons[path] = reason
     if not targets:
-        raise InputError(f"{type(model).__name__} has nothing to compress" + _because(reasons))
+        raise InputError(f"{type(model).__name__} has nothing to compress" + _because(model, reasons))
     return targets, reasons
 
 
@@ -204,10 +206,12 @@ def _target(path: str, layer: nn.Module, settings: Settings) -> Target:
     return Target(min(int(asked["groups"]), filters), float(asked["ratio"]))
 
 
-def _because(reasons: dict[str, str]) -> str:
+def _because(model: nn.Module, reasons: dict[str, str]) -> str:
+    if any(isinstance(module, Grouped) for module in model.modules()):
+        return ": it was compiled before; compile the dense model anew"
     if not reasons:
         return ": it has no convolutions or linear layers"
-    shown = [f"{path or 'the model itself'}: {reason}" for path, reason in list(reasons.items())[:5]]
+    shown = [f"{path!r}: {reason}" if path else reason for path, reason in list(reasons.items())[:5]]
     more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
     return ": " + "; ".join(shown + more)
 

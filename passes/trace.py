@@ -113,6 +113,7 @@ class _ShapePropagation(fx.Interpreter):
 
     def propagate(self, inputs: tuple[object, ...]) -> None:
         """Propagate the shapes of `inputs` through the graph."""
+        self.extra_traceback = False  # or fx appends its own words to our messages
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = pytree.tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
         expected = [node for node in self.graph.nodes if node.op == "placeholder"]

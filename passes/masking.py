@@ -22,7 +22,8 @@ def mask(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
         layer = model.get_submodule(path)
         if plan.grouped:
             masked = masked_layer(model, path)
-            modified |= masked is not layer or _update(masked.mask, plan.mask())
+            updated = _update(masked.mask, plan.mask())
+            modified |= updated or masked is not layer
             layer = masked
         attach_plan(layer, plan)
     return modified

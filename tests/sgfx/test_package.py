@@ -1,0 +1,83 @@
+"""The package as a whole: light to import, data flowing one way, the API as it was promised."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sgfx
+
+ROOT = Path(sgfx.__file__).parent.parent
+HEAVY = {"torch", "torchvision", "sklearn", "numba", "fvcore", "accelerate", "matplotlib", "networkx"}
+
+
+def loaded_after(statement):
+    program = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_importing_sgfx_is_light():
+    assert not loaded_after("import sgfx") & HEAVY
+
+
+def test_heavy_parts_are_imported_where_they_are_first_needed():
+    assert not loaded_after("import sgfx; sgfx.compile; sgfx.report; sgfx.Trainer") & {
+        "fvcore",
+        "accelerate",
+        "matplotlib",
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("passes", {"sgfx", "models_zoo"}),
+        ("models_zoo", {"sgfx", "passes"}),
+        ("sgfx", {"tests", "benchmarks", "examples"}),
+    ],
+)
+def test_imports_go_one_way(folder, forbidden):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & forbidden, file
+
+
+def test_every_public_name_is_there():
+    assert dir(sgfx) == sorted(sgfx.__all__)
+    assert all(getattr(sgfx, name) is not None for name in sgfx.__all__)
+    with pytest.raises(AttributeError, match="module 'sgfx' has no attribute 'prune'"):
+        _ = sgfx.prune
+
+
+SIGNATURES = {
+    sgfx.compile: {
+        "groups": 8, "ratio": ..., "linear_ratio": None, "ignore": (), "overrides": None, "criterion": "l1",
+        "example_inputs": None, "seed": 0, "inplace": False, "step": None, "finetune": None,
+    },
+    sgfx.Pruner: {
+        "groups": 8, "ratio": ..., "step": ..., "linear_ratio": None, "ignore": (), "overrides": None,
+        "criterion": "l1", "example_inputs": None, "seed": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
+def test_the_api_is_word_for_word(function):
+    model, *rest = inspect.signature(function).parameters.values()
+    assert model.name == "model"
+    assert {parameter.kind for parameter in rest} == {inspect.Parameter.KEYWORD_ONLY}
+    given = {p.name: ... if p.default is p.empty else p.default for p in rest}
+    assert given == SIGNATURES[function]
+
+
+def test_reports_and_plans_take_what_they_promise():
+    assert list(inspect.signature(sgfx.report).parameters) == ["dense", "small", "example_inputs"]
+    assert list(inspect.signature(sgfx.plans).parameters) == ["model"]

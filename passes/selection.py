@@ -79,11 +79,11 @@ def _sharers(model: nn.Module) -> dict[str, str]:
 
 
 def _listed(model: nn.Module) -> dict[int, str]:
-    """Modules that a module also holds outside its registered children (in a plain list, say): id to where."""
+    """Modules and parameters that some module also holds unregistered (in a plain list, say): id to where."""
     found: dict[int, str] = {}
 
     def visit(value: object, where: str, depth: int) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module | nn.Parameter):
             found.setdefault(id(value), where)
         elif isinstance(value, Mapping) and depth:
             for item in value.values():
@@ -142,6 +142,8 @@ def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
             return f"its {name} is shared with {usage.sharers[full]!r}"
         if full in usage.read:
             return f"its {name} is read by an operation outside its own call"
+        if id(parameter) in usage.listed:
+            return f"its {name} is also held outside the registered parameters, by {usage.listed[id(parameter)]!r}"
         if parameter.dtype != layer.weight.dtype:
             return f"its {name} has another dtype than its weight"
     if id(layer) in usage.listed:

@@ -220,6 +220,12 @@ def test_a_layer_that_a_plain_list_holds_too_is_left_alone():
     assert reasons(Listing()) == {"first": "also held outside the registered submodules, by 'order'"}
 
 
+def test_a_weight_that_a_plain_list_holds_too_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.penalized = {"l1": [model[1].weight]}
+    assert reasons(model) == {"1": "its weight is also held outside the registered parameters, by 'penalized'"}
+
+
 class Idle(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,8 +16,6 @@ Naming a layer in `overrides` that rules 1 to 6 leave alone is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -28,75 +26,11 @@ from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.matching import covers, matches
 from passes.plan import LayerPlan
-from passes.trace import calls
 from passes.unit import Pass, Unit
+from passes.usage import Usage
 
 MIN_CHANNELS = 4
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Usage:
-    """How the layers and parameters of a model are used in all of its graphs."""
-
-    def __init__(self, model: nn.Module, regions: list[Region]) -> None:
-        """Read the graphs and the parameters' places."""
-        self.called: set[str] = set()
-        self.leaves: dict[str, str] = {}
-        self.first_convolutions: set[str] = set()
-        modes: set[str] = set()
-        for mode, node, module in calls(regions):
-            path = str(node.target)
-            self.called.add(path)
-            self.leaves[path] = type(module).__name__
-            if isinstance(module, _ConvNd) and mode not in modes:
-                modes.add(mode)
-                self.first_convolutions.add(path)
-        graphs = [graph for region in regions for graph in region.graphs.values()]
-        self.read = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"}
-        self.sharers = _sharers(model)
-        self.listed = _listed(model)
-
-
-def _sharers(model: nn.Module) -> dict[str, str]:
-    """Parameters that overlap in memory with another one (or are registered twice): path to the other's path."""
-    spans = []
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if type(parameter.data) is Tensor and parameter.layout == torch.strided and parameter.numel():
-            start = parameter.data_ptr()
-            steps = zip(parameter.shape, parameter.stride(), strict=True)
-            length = 1 + sum((size - 1) * stride for size, stride in steps)
-            spans.append((str(parameter.device), start, start + length * parameter.element_size(), path))
-    spans.sort()
-    sharers: dict[str, str] = {}
-    widest = None
-    for span in spans:
-        if widest is not None and widest[0] == span[0] and span[1] < widest[2]:
-            sharers.setdefault(span[3], widest[3])
-            sharers.setdefault(widest[3], span[3])
-        if widest is None or widest[0] != span[0] or span[2] > widest[2]:
-            widest = span
-    return sharers
-
-
-def _listed(model: nn.Module) -> dict[int, str]:
-    """Modules and parameters that some module also holds unregistered (in a plain list, say): id to where."""
-    found: dict[int, str] = {}
-
-    def visit(value: object, where: str, depth: int) -> None:
-        if isinstance(value, nn.Module | nn.Parameter):
-            found.setdefault(id(value), where)
-        elif isinstance(value, Mapping) and depth:
-            for item in value.values():
-                visit(item, where, depth - 1)
-        elif isinstance(value, list | tuple | set) and depth:
-            for item in value:
-                visit(item, where, depth - 1)
-
-    for path, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if key not in ("_parameters", "_buffers", "_modules"):
-                visit(value, f"{path}.{key}".lstrip("."), 3)
-    return found
 
 
 def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
@@ -105,9 +39,9 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
         return "the model is a layer itself: wrap it in nn.Sequential"
     parts = path.split(".")
     holders = (".".join(parts[:end]) for end in range(1, len(parts)))
-    inside = next((holder for holder in holders if holder in usage.leaves), None)
+    inside = next((holder for holder in holders if holder in usage.called), None)
     if inside is not None:
-        return f"inside {inside!r}, and {usage.leaves[inside]} reads its parameters itself"
+        return f"inside {inside!r}, and {usage.called[inside]} reads its parameters itself"
     return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)
 
 

@@ -1,0 +1,82 @@
+"""How the layers and parameters of a model are used: by which calls, by which other operations, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passes.facts import Region
+from passes.trace import calls
+
+
+class Usage:
+    """How the layers and parameters of a model are used in all of its graphs.
+
+    Attributes:
+        called: paths of the modules that are called as a whole, with the names of their classes.
+        first_convolutions: path of the convolution that runs first, of each graph.
+        read: paths of the tensors that operations read outside a call of their module.
+        sharers: parameters that overlap in memory with another one, with the other's path.
+        listed: ids of modules and parameters that some module also holds unregistered, with where.
+    """
+
+    def __init__(self, model: nn.Module, regions: list[Region]) -> None:
+        """Read the graphs and the parameters' places."""
+        self.called: dict[str, str] = {}
+        self.first_convolutions: set[str] = set()
+        modes: set[str] = set()
+        for mode, node, module in calls(regions):
+            path = str(node.target)
+            self.called[path] = type(module).__name__
+            if isinstance(module, _ConvNd) and mode not in modes:
+                modes.add(mode)
+                self.first_convolutions.add(path)
+        graphs = [graph for region in regions for graph in region.graphs.values()]
+        self.read = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"}
+        self.sharers = _sharers(model)
+        self.listed = _listed(model)
+
+
+def _sharers(model: nn.Module) -> dict[str, str]:
+    """Parameters that overlap in memory with another one (or are registered twice): path to the other's path."""
+    spans = []
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter.data) is Tensor and parameter.layout == torch.strided and parameter.numel():
+            start = parameter.data_ptr()
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            spans.append((str(parameter.device), start, start + length * parameter.element_size(), path))
+    spans.sort()
+    sharers: dict[str, str] = {}
+    widest = None
+    for span in spans:
+        if widest is not None and widest[0] == span[0] and span[1] < widest[2]:
+            sharers.setdefault(span[3], widest[3])
+            sharers.setdefault(widest[3], span[3])
+        if widest is None or widest[0] != span[0] or span[2] > widest[2]:
+            widest = span
+    return sharers
+
+
+def _listed(model: nn.Module) -> dict[int, str]:
+    """Modules and parameters that some module also holds unregistered (in a plain list, say): id to where."""
+    found: dict[int, str] = {}
+
+    def visit(value: object, where: str, depth: int) -> None:
+        if isinstance(value, nn.Module | nn.Parameter):
+            found.setdefault(id(value), where)
+        elif isinstance(value, Mapping) and depth:
+            for item in value.values():
+                visit(item, where, depth - 1)
+        elif isinstance(value, list | tuple | set) and depth:
+            for item in value:
+                visit(item, where, depth - 1)
+
+    for path, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                visit(value, f"{path}.{key}".lstrip("."), 3)
+    return found

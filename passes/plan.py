@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.errors import InputError
 
 _KEY = "_sgfx_plan"
+LayerShape: TypeAlias = tuple[str, int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +65,7 @@ class LayerPlan:
     @classmethod
     def of(cls, layer: nn.Module, **decided: Any) -> LayerPlan:
         """Make the plan of a dense or masked layer: its shape is read from the layer, the rest is given by keyword."""
-        kind = next(base.__name__ for base in type(layer).__mro__ if base.__module__.startswith("torch.nn."))
-        if isinstance(layer, nn.Linear):
-            return cls(kind, layer.in_features, layer.out_features, **decided)
-        if isinstance(layer, _ConvNd):
-            return cls(kind, layer.in_channels, layer.out_channels, tuple(layer.kernel_size), **decided)
-        raise InputError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
+        return cls(*layer_shape(layer), **decided)
 
     @property
     def grouped(self) -> bool:
@@ -124,12 +120,22 @@ class LayerPlan:
         return hash(self._scalars())
 
     @property
-    def dense_shape(self) -> tuple[object, ...]:
+    def shape(self) -> LayerShape:
         """What identifies the dense layer: its kind, channels and kernel."""
         return self.kind, self.in_channels, self.out_channels, self.kernel_size
 
     def _scalars(self) -> tuple[object, ...]:
-        return *self.dense_shape, self.requested_ratio, self.reason
+        return *self.shape, self.requested_ratio, self.reason
+
+
+def layer_shape(layer: nn.Module) -> LayerShape:
+    """Kind, inputs, filters and kernel size of a dense or masked convolution or linear layer."""
+    kind = next((base.__name__ for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.")), "")
+    if isinstance(layer, nn.Linear):
+        return kind, layer.in_features, layer.out_features, ()
+    if isinstance(layer, _ConvNd):
+        return kind, layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
+    raise InputError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -25,7 +25,7 @@ from passes.facts import Region, Settings, Target
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.matching import covers, matches
-from passes.plan import LayerPlan
+from passes.plan import layer_shape
 from passes.unit import Pass, Unit
 from passes.usage import Usage
 
@@ -88,7 +88,7 @@ def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
 
 
 def _small(layer: nn.Module) -> str | None:
-    filters, inputs = (plan := LayerPlan.of(layer, reason="")).out_channels, plan.in_channels
+    _, inputs, filters, _ = layer_shape(layer)
     if filters < MIN_CHANNELS:
         return f"fewer than {MIN_CHANNELS} filters ({filters})"
     if inputs < MIN_CHANNELS:
@@ -105,8 +105,7 @@ def select(model: nn.Module, regions: list[Region], settings: Settings) -> tuple
     """Decide about every layer of `model`: what is asked of it, or the reason why it is left alone.
 
     Raises:
-        InputError: an override names a layer that can't be regrouped, a weight lies on the meta device, or there is
-            nothing left to compress.
+        InputError: an override names a layer that can't be regrouped, or there is nothing left to compress.
     """
     usage = Usage(model, regions)
     targets, reasons = {}, {}
@@ -138,7 +137,7 @@ def _target(path: str, layer: nn.Module, settings: Settings) -> Target:
     patterns = [values for entry, values in settings.overrides.items() if entry != path and matches(entry, path)]
     for values in [*patterns, settings.overrides.get(path, {})]:  # later patterns win, and an exact name over them
         asked.update(values)
-    filters = LayerPlan.of(layer, reason="").out_channels
+    filters = layer_shape(layer)[2]
     return Target(min(int(asked["groups"]), filters), float(asked["ratio"]))
 
 

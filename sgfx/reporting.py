@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import shadow
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
-from passes.plan import LayerPlan, plans
+from passes.plan import LayerPlan, layer_shape, plans
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
 
@@ -132,7 +133,8 @@ def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
         raise InputError("small has no layer plans: it must be what sgfx.compile or Pruner.lower returned")
     modules = dict(dense.named_modules())
     for path, plan in found.items():
-        if path not in modules or LayerPlan.of(modules[path], reason="").dense_shape != plan.dense_shape:
+        layer = modules.get(path)
+        if not isinstance(layer, _ConvNd | nn.Linear) or layer_shape(layer) != plan.shape:
             raise InputError(f"small is no compiled form of dense: layer {path!r} of small is not in dense, or differs")
     inputs = as_inputs(example_inputs) or ()
     before, after = count_macs(dense, inputs), count_macs(small, inputs)

@@ -191,7 +191,7 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
         if isinstance(module, Grouped):
             module.form = "blocks"
     with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fvcore's import, and jit tracing
+        warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
         try:
             return _counted_by_fvcore(twin, inputs)
         except Exception:

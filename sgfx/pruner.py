@@ -186,6 +186,9 @@ class Pruner(Generic[M]):
             raise InputError("this is not the state of a Pruner (as its state_dict() gives)")
         if state["version"] != STATE_VERSION:
             raise InputError(f"the state has version {state['version']}, this sgfx reads version {STATE_VERSION}")
+        index = state["index"]
+        if not isinstance(index, int) or not 0 <= index <= len(self) or not isinstance(state["open"], bool):
+            raise InputError(f"the state stands at step {index!r} of {len(self)}: the file is damaged")
         mine, theirs = self._options(), state["options"]
         other = [
             f"{key} ({theirs.get(key)!r} in the state, {mine[key]!r} here)"

@@ -193,6 +193,7 @@ def test_states_that_do_not_belong_are_refused_and_nothing_is_changed():
     for bad, message in (
         ({"model": {}}, "not the state of a Pruner"),
         (tampered(state, version=99), "version 99, this sgfx reads version 1"),
+        (tampered(state, index=4), "the state stands at step 4 of 3"),
         (pruner(groups=5).state_dict(), r"other options: groups \(5 in the state, 4 here\)"),
         (tampered(state, plans=plans), "labels must use every group"),
         (tampered(state, plans=fewer), "it prunes other layers"),

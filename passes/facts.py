@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor, fx
 
+from passes.matching import covers
+
 Criterion = Literal["l1", "l2"] | Callable[[Tensor], Tensor]
 
 
@@ -32,6 +34,7 @@ class Settings:
         criterion: ``"l1"``, ``"l2"`` or a callable from the weight to an importance ``[C_out, C_in]``.
         seed: seed of the clustering.
         example_inputs: positional arguments of the model's forward, to check and to know shapes; None if not given.
+        leaf_modules: paths of modules that are not to be traced into.
     """
 
     groups: int = 8
@@ -42,14 +45,68 @@ class Settings:
     criterion: Criterion = "l1"
     seed: int = 0
     example_inputs: tuple[object, ...] | None = None
+    leaf_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the model that torch.fx can trace: the path of its root, and a graph for each mode."""
+    """A part of the model that torch.fx can trace.
+
+    Attributes:
+        path: path of its root in the model; "" for the whole model.
+        graphs: a graph for each mode: "eval", "train", and "mixed" where the model's own modes are.
+    """
 
     path: str
     graphs: dict[str, fx.GraphModule]
+
+    def module_path(self, node: fx.Node) -> str:
+        """Path in the model of the module or tensor that a node of one of the graphs names."""
+        return f"{self.path}.{node.target}" if self.path else str(node.target)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What runs of the example inputs through a shadow of the model showed.
+
+    Attributes:
+        called: paths of the modules that were called, in order of execution, with the arguments of their first call
+            in each mode (tensors without storage).
+        foreign: paths of layers whose parameters were used outside their own call, with the operation.
+        strays: pairs of a module and one that holds it, where the first was called outside a call of the second.
+        failures: modes in which the inputs could not be run, with the reason.
+    """
+
+    called: dict[str, dict[str, tuple[tuple[object, ...], dict[str, object]]]]
+    foreign: dict[str, str]
+    strays: frozenset[tuple[str, str]]
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The parts of a model that torch.fx can trace, and what is known of the rest.
+
+    Attributes:
+        parts: the regions, in the order of ``named_modules()``; none holds another.
+        untraceable: why the model could not be traced whole, or None if it was.
+        leaves: paths of the modules that were not to be traced into.
+        observation: what a run of the example inputs showed, where the regions do not cover the whole model.
+    """
+
+    parts: tuple[Region, ...]
+    leaves: frozenset[str] = frozenset()
+    untraceable: str | None = None
+    observation: Observation | None = None
+
+    def outside(self, path: str) -> str | None:
+        """Where a module lies that is in no graph: outside every region, or in a leaf module; None if it is in one."""
+        leaf = next((leaf for leaf in self.leaves if covers(leaf, path)), None)
+        if leaf is not None:
+            return f"inside the leaf module {leaf!r}"
+        if any(covers(region.path, path) for region in self.parts):
+            return None
+        return f"outside every part that can be traced ({self.untraceable})"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Lowering: grouped layers in place of dense or masked ones; every pruned weight is physically gone.
 
 Exact: the lowered model computes what the masked one does, and has the same gradients with respect to the kept weights.
-The result is checked by tracing it again: every regrouped layer must be called where it was registered.
+The result is checked by tracing it again: every regrouped layer in a region must be called where it was registered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import nn
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.surgery import replace_module
 from passes.plan import LayerPlan, attach_plan
-from passes.trace import calls, trace
+from passes.regions import find_regions
+from passes.trace import calls
 from passes.unit import Pass, Unit
 
 
@@ -50,6 +51,7 @@ class Lowering(Pass):
             layer = unit.model.get_submodule(path)
             if plan.grouped and not (isinstance(layer, Grouped) and len(layer.weight) == plan.connections):
                 return f"layer {path!r} was not lowered to {plan.connections} connections"
-        called = {str(node.target) for _, node, _ in calls([trace(unit.model)])}
-        lowered = (path for path, plan in unit.plans.items() if plan.grouped)
+        regions = find_regions(unit.model, leaf_modules=unit.settings.leaf_modules)
+        called = {path for _, path, _ in calls(regions.parts)}
+        lowered = (path for path, plan in unit.plans.items() if plan.grouped and regions.outside(path) is None)
         return next((f"nothing calls the lowered {path!r}" for path in lowered if path not in called), None)

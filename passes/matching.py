@@ -23,10 +23,12 @@ def matches(entry: str, path: str) -> bool:
 
 
 def covers(entry: str, path: str) -> bool:
-    """Whether a name or pattern means this path or a module that holds it.
+    """Whether a name or pattern means this path or a module that holds it ("" is the whole model).
 
     >>> covers("layer1", "layer1.0.conv1"), covers("layer1", "layer10.conv1")
     (True, False)
     """
+    if not entry:
+        return True
     parts = path.split(".")
     return any(matches(entry, ".".join(parts[:end])) for end in range(1, len(parts) + 1))

@@ -7,8 +7,8 @@ from passes.importance import Importance
 from passes.lowering import Lowering
 from passes.masking import Masking
 from passes.pruning import Pruning
+from passes.regions import Trace
 from passes.selection import Selection
-from passes.trace import Trace
 from passes.unit import Pass
 
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())

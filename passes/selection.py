@@ -7,7 +7,8 @@ A layer stays as it is, with the first of these reasons that holds:
  4. its type is not exactly a torch layer class, its forward was replaced, or its weight is not a plain parameter of its
     own (parametrized, weight-normed, shared with another module or read by another operation);
  5. it is transposed, depthwise or already grouped;
- 6. nothing calls it in any mode;
+ 6. nothing calls it in any mode; or it lies outside every traced region, and no run has shown that its own call alone
+    uses its parameters;
  7. it is the first convolution in order of execution, or has fewer than 4 filters or 4 inputs. An exact name in
     `overrides` lifts this rule.
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.errors import InputError
-from passes.facts import Region, Settings, Target
+from passes.facts import Regions, Settings, Target
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.matching import covers, matches
@@ -39,7 +40,7 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
         return "the model is a layer itself: wrap it in nn.Sequential"
     parts = path.split(".")
     holders = (".".join(parts[:end]) for end in range(1, len(parts)))
-    inside = next((holder for holder in holders if holder in usage.called), None)
+    inside = next((h for h in holders if h in usage.called and h not in usage.regions.leaves), None)
     if inside is not None:
         return f"inside {inside!r}, and {usage.called[inside]} reads its parameters itself"
     return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)
@@ -82,9 +83,7 @@ def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
             return f"its {name} has another dtype than its weight"
     if id(layer) in usage.listed:
         return f"also held outside the registered submodules, by {usage.listed[id(layer)]!r}"
-    if path not in usage.called:
-        return "nothing calls it, in eval or in train mode"
-    return None
+    return usage.doubt(path)
 
 
 def _small(layer: nn.Module) -> str | None:
@@ -101,7 +100,7 @@ def _exempt(path: str, layer: nn.Module, usage: Usage) -> str | None:
     return "first convolution" if path in usage.first_convolutions else _small(layer)
 
 
-def select(model: nn.Module, regions: list[Region], settings: Settings) -> tuple[dict[str, Target], dict[str, str]]:
+def select(model: nn.Module, regions: Regions, settings: Settings) -> tuple[dict[str, Target], dict[str, str]]:
     """Decide about every layer of `model`: what is asked of it, or the reason why it is left alone.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from passes.errors import InputError
 from passes.facts import Criterion, Settings
 from passes.importance import NORMS
 from passes.matching import covers, is_pattern, matches
+
+LeafModules: TypeAlias = str | nn.Module | type[nn.Module] | Iterable[str | nn.Module | type[nn.Module]]
 
 
 def checked_settings(
@@ -29,6 +31,7 @@ def checked_settings(
     criterion: Criterion = "l1",
     example_inputs: Tensor | tuple[object, ...] | None = None,
     seed: int = 0,
+    leaf_modules: LeafModules = (),
 ) -> Settings:
     """Check `model` and the options of `sgfx.compile`, and return them resolved to names of modules.
 
@@ -37,7 +40,7 @@ def checked_settings(
         TypeError: a value is of the wrong type.
     """
     check_model(model)
-    names = _ignored(model, ignore)
+    names = _named(model, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore), "ignore")
     resolved = _overrides(model, overrides or {})
     for path in resolved:
         if not is_pattern(path) and (entry := next((e for e in names if covers(e, path)), None)) is not None:
@@ -53,6 +56,7 @@ def checked_settings(
         criterion=criterion,
         seed=_integer(seed, "seed", 0),
         example_inputs=as_inputs(example_inputs),
+        leaf_modules=_leaves(model, leaf_modules),
     )
 
 
@@ -124,20 +128,36 @@ def step_ratio(value: object) -> float:
     return share
 
 
-def _ignored(model: nn.Module, ignore: str | nn.Module | Iterable[str | nn.Module]) -> tuple[str, ...]:
-    entries = [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+def _leaves(model: nn.Module, leaf_modules: LeafModules) -> tuple[str, ...]:
+    """Paths of the modules that `leaf_modules` names, by itself, by pattern, by class or as they are."""
+    entries = [leaf_modules] if isinstance(leaf_modules, str | nn.Module | type) else list(leaf_modules)
+    classes = tuple(entry for entry in entries if isinstance(entry, type))
+    for kind in classes:
+        if not any(isinstance(module, kind) for module in model.modules()):
+            raise InputError(f"leaf_modules holds the class {kind.__name__}, of which the model has no module")
+    names = _named(model, [entry for entry in entries if not isinstance(entry, type)], "leaf_modules")
+    found: list[str] = []
+    for path, module in model.named_modules():  # a module comes before what it holds: the outermost is enough
+        named = isinstance(module, classes) or any(matches(name, path) for name in names)
+        if path and named and not any(covers(leaf, path) for leaf in found):
+            found.append(path)
+    return tuple(found)
+
+
+def _named(model: nn.Module, entries: list[Any], option: str) -> tuple[str, ...]:
+    """Names and patterns of an option, with modules replaced by their names."""
     paths = {id(module): path for path, module in model.named_modules()}
     names = []
     for entry in entries:
         if isinstance(entry, nn.Module):
             if id(entry) not in paths:
-                raise InputError(f"ignore holds a {type(entry).__name__} that is not a module of the model")
+                raise InputError(f"{option} holds a {type(entry).__name__} that is not a module of the model")
             names.append(paths[id(entry)])
             continue
         if not isinstance(entry, str):
-            raise TypeError(f"ignore takes names, patterns and modules, not {entry!r}")
+            raise TypeError(f"{option} takes names, patterns and modules, not {entry!r}")
         if not any(matches(entry, path) for path in paths.values() if path):
-            raise InputError(f"ignore entry {entry!r} matches no module of the model" + _hint(entry, paths.values()))
+            raise InputError(f"{option} entry {entry!r} matches no module of the model" + _hint(entry, paths.values()))
         names.append(entry)
     return tuple(names)
 

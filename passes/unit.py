@@ -8,7 +8,7 @@ from typing import ClassVar, Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from passes.errors import PassError
-from passes.facts import Groups, Region, Settings, Target
+from passes.facts import Groups, Regions, Settings, Target
 from passes.plan import LayerPlan
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Unit:
         model: the model that is being rewritten.
         settings: what was asked for.
         limit: no layer is pruned beyond this share yet (a `Pruner` raises it step by step).
-        regions: the traced parts of the model, by `trace`.
+        regions: the traced parts of the model, and what is known of the rest, by `trace`.
         targets: what is asked of each layer that will be regrouped, keyed by module path, by `selection`.
         reasons: why each other layer is left alone, by `selection`.
         importance: ``[C_out, C_in]`` of each target, by `importance`.
@@ -47,7 +47,7 @@ class Unit:
         plans: the plan of every layer, by `pruning`.
     """
 
-    regions = Fact[list[Region]]()
+    regions = Fact[Regions]()
     targets = Fact[dict[str, Target]]()
     reasons = Fact[dict[str, str]]()
     importance = Fact[dict[str, Tensor]]()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.facts import Region
+from passes.facts import Regions
 from passes.trace import calls
 
 
@@ -16,28 +16,52 @@ class Usage:
     """How the layers and parameters of a model are used in all of its graphs.
 
     Attributes:
-        called: paths of the modules that are called as a whole, with the names of their classes.
+        called: paths of the modules that graphs call as a whole, with the names of their classes.
         first_convolutions: path of the convolution that runs first, of each graph.
         read: paths of the tensors that operations read outside a call of their module.
         sharers: parameters that overlap in memory with another one, with the other's path.
         listed: ids of modules and parameters that some module also holds unregistered, with where.
+        regions: the graphs, and what is known of what lies outside.
     """
 
-    def __init__(self, model: nn.Module, regions: list[Region]) -> None:
+    def __init__(self, model: nn.Module, regions: Regions) -> None:
         """Read the graphs and the parameters' places."""
+        self.regions = regions
         self.called: dict[str, str] = {}
         self.first_convolutions: set[str] = set()
         modes: set[str] = set()
-        for mode, node, module in calls(regions):
-            path = str(node.target)
+        for mode, path, module in calls(regions.parts):
             self.called[path] = type(module).__name__
             if isinstance(module, _ConvNd) and mode not in modes:
                 modes.add(mode)
                 self.first_convolutions.add(path)
-        graphs = [graph for region in regions for graph in region.graphs.values()]
-        self.read = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "get_attr"}
+        if regions.observation is not None:
+            modules = dict(model.named_modules())
+            order = (path for path in regions.observation.called if isinstance(modules[path], _ConvNd))
+            self.first_convolutions = set(list(order)[:1])
+        self.read = {
+            region.module_path(node)
+            for region in regions.parts
+            for graph in region.graphs.values()
+            for node in graph.graph.nodes
+            if node.op == "get_attr"
+        }
         self.sharers = _sharers(model)
         self.listed = _listed(model)
+
+    def doubt(self, path: str) -> str | None:
+        """Why it isn't known that a layer's parameters are used by its own call alone, or None if it is."""
+        observation = self.regions.observation
+        if observation is not None and path in observation.foreign:
+            return f"its parameters are used outside its own call, by {observation.foreign[path]!r}"
+        where = self.regions.outside(path)
+        if where is None:
+            return None if path in self.called else "nothing calls it, in eval or in train mode"
+        if observation is None:
+            return f"{where}: give example_inputs, so that a run can show how it is used"
+        if observation.failures:
+            return f"{where}, and {next(iter(observation.failures.values()))}"
+        return None if path in observation.called else f"{where}, and the example inputs did not reach it"
 
 
 def _sharers(model: nn.Module) -> dict[str, str]:

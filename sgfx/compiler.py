@@ -14,7 +14,7 @@ from passes.facts import Criterion, Settings
 from passes.manager import run_passes
 from passes.pipeline import ANALYSIS, LOWERING, PLANNING
 from passes.plan import LayerPlan
-from passes.settings import checked_settings
+from passes.settings import LeafModules, checked_settings
 from passes.unit import Unit
 from sgfx.pruner import Pruner, Step
 
@@ -35,6 +35,7 @@ def compile(
     inplace: bool = False,
     step: float | None = None,
     finetune: Callable[[M, Step], object] | None = None,
+    leaf_modules: LeafModules = (),
 ) -> M:
     """Regroup the convolutions and linear layers of a trained model physically.
 
@@ -42,7 +43,8 @@ def compile(
     ordinary module: train it, pickle it, move it. `sgfx.plans` and `sgfx.report` say what became of each layer.
 
     Args:
-        model: a trained model that torch.fx can trace. It is neither run nor changed.
+        model: a trained model. It is neither run nor changed. If torch.fx can't trace it whole, its largest traceable
+            parts are compiled.
         groups: groups per layer, at most; clipped to the layer's filters.
         ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
         linear_ratio: the same for linear layers; None means `ratio`.
@@ -52,12 +54,16 @@ def compile(
             that are regrouped anyway. Later patterns win over earlier ones, exact names over patterns.
         criterion: ``"l1"``, ``"l2"``, or a callable from the weight ``[C_out, C_in, *kernel]`` to an importance
             ``[C_out, C_in]``, finite and not negative (eq. 5, 6).
-        example_inputs: a tensor or a tuple of positional arguments; checked against the model, never computed with.
+        example_inputs: a tensor or a tuple of positional arguments, checked against the model. If it can't be traced
+            whole, they are run through a copy without hooks, to see how the layers outside the traced parts are used;
+            without them these layers are left alone.
         seed: seed of the clustering; no global random state is read or changed.
         inplace: change `model` itself, after everything has succeeded on a copy, and return it.
         step: prune in steps of this share, as the paper's local scheme does, instead of at once.
         finetune: ``finetune(model, step)`` trains the masked model in place after each step. An exception from it
             carries the `Pruner` as its attribute ``pruner``, which goes on from the step that failed.
+        leaf_modules: names, patterns, modules or classes of modules that are not to be traced into: what cannot be
+            understood from their code. Layers inside them count as outside the traced parts.
 
     Raises:
         InputError: (a ValueError) the model or an option can't be compiled; names the layer and the way out.
@@ -72,6 +78,7 @@ def compile(
         "criterion": criterion,
         "example_inputs": example_inputs,
         "seed": seed,
+        "leaf_modules": leaf_modules,
     }
     if step is not None:
         small = _compile_in_steps(model, step, finetune, options)

@@ -16,7 +16,7 @@ from passes.manager import run_passes
 from passes.masking import mask, masked_layer
 from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
 from passes.plan import LayerPlan, network_ratios
-from passes.settings import checked_settings, step_ratio
+from passes.settings import LeafModules, checked_settings, step_ratio
 from passes.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,6 +70,7 @@ class Pruner(Generic[M]):
         criterion: Criterion = "l1",
         example_inputs: Tensor | tuple[object, ...] | None = None,
         seed: int = 0,
+        leaf_modules: LeafModules = (),
     ) -> None:
         """Copy `model`, select its layers and put masked layers in their places, with nothing pruned yet.
 
@@ -89,6 +90,7 @@ class Pruner(Generic[M]):
             criterion=criterion,
             example_inputs=example_inputs,
             seed=seed,
+            leaf_modules=leaf_modules,
         )
         self._step = step_ratio(step)
         self.model: M = copy_model(model)

@@ -7,15 +7,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from passes.errors import InputError
+from passes.regions import find_regions
 from passes.selection import select
 from passes.settings import checked_settings
-from passes.trace import trace
 
 
 def selected(model, **options):
     """Targets and reasons for `model`."""
     settings = checked_settings(model, **{"ratio": 0.5} | options)
-    return select(model, [trace(model)], settings)
+    return select(model, find_regions(model), settings)
 
 
 def reasons(model, **options):

@@ -33,7 +33,7 @@ class Branching(nn.Module):
 
 
 def called(region, mode):
-    return [str(node.target) for each, node, _ in calls([region]) if each == mode]
+    return [path for each, path, _ in calls([region]) if each == mode]
 
 
 def test_eval_and_train_are_two_graphs_and_defaults_keep_their_value():

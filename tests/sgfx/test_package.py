@@ -61,10 +61,11 @@ SIGNATURES = {
     sgfx.compile: {
         "groups": 8, "ratio": ..., "linear_ratio": None, "ignore": (), "overrides": None, "criterion": "l1",
         "example_inputs": None, "seed": 0, "inplace": False, "step": None, "finetune": None,
+        "leaf_modules": (),
     },
     sgfx.Pruner: {
         "groups": 8, "ratio": ..., "step": ..., "linear_ratio": None, "ignore": (), "overrides": None,
-        "criterion": "l1", "example_inputs": None, "seed": 0,
+        "criterion": "l1", "example_inputs": None, "seed": 0, "leaf_modules": (),
     },
 }  # fmt: skip
 

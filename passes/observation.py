@@ -1,0 +1,102 @@
+"""Observation: what can't be traced is run, on a shadow, to see which layers alone use their own parameters.
+
+The example inputs go through the shadow in eval and in train mode. Hooks keep the stack of running modules; a torch
+function mode sees every operation that is given a parameter: if the module on top of the stack does not own it, the use
+is foreign, and the layer must stay as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from passes.errors import InputError
+from passes.facts import Observation
+from passes.random_state import preserved_random_state
+
+# Attributes that a regrouped layer's parameter has in common with the dense one's.
+SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
+
+
+def observe(shadows: dict[str, nn.Module], example_inputs: tuple[object, ...]) -> Observation:
+    """Run `example_inputs` through a shadow for each mode, and note how modules and parameters are used.
+
+    Raises:
+        InputError: they can't be run in eval mode.
+    """
+    watch = _Watch()
+    failures = {}
+    for mode, shadow in shadows.items():
+        try:
+            with preserved_random_state(), torch.no_grad():
+                watch.run(mode, shadow, example_inputs)
+        except Exception as error:
+            if mode == "eval":
+                raise InputError(f"example_inputs do not fit {type(shadow).__name__}: {error}") from error
+            failures[mode] = f"running the example inputs in {mode} mode failed: {str(error).splitlines()[0]}"
+    return Observation(watch.called, watch.foreign, frozenset(watch.strays), failures)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: dict[str, dict[str, tuple[tuple[object, ...], dict[str, object]]]] = {}
+        self.foreign: dict[str, str] = {}
+        self.strays: set[tuple[str, str]] = set()
+        self._owners: dict[int, list[str]] = {}
+        self._running: list[str] = []
+
+    def run(self, mode: str, shadow: nn.Module, inputs: tuple[object, ...]) -> None:
+        handles = []
+        self._owners, self._running = {}, []
+        for path, module in shadow.named_modules(remove_duplicate=False):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), []).append(path)
+        for path, module in shadow.named_modules():
+            entering, leaving = self._entering(mode, path), self._leaving
+            handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
+            handles.append(module.register_forward_hook(leaving, always_call=True))
+        try:
+            with self:
+                shadow(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, mode: str, path: str) -> Any:
+        parts = path.split(".")
+        holders = ["", *(".".join(parts[:end]) for end in range(1, len(parts)))] if path else []
+
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            self.strays.update((path, holder) for holder in holders if holder not in self._running)
+            self._running.append(path)
+            with torch._C.DisableTorchFunction():
+                self.called.setdefault(path, {}).setdefault(mode, pytree.tree_map(_without_storage, (args, kwargs)))
+
+        return hook
+
+    def _leaving(self, module: nn.Module, args: object, output: object) -> None:
+        self._running.pop()
+
+    def __torch_function__(
+        self, func: Any, types: Collection[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See who uses which parameter."""
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if attribute not in SAME_FOR_ALL_FORMS:
+            top = self._running[-1] if self._running else ""
+            for value in pytree.tree_leaves((args, kwargs)):
+                for owner in self._owners.get(id(value), ()):
+                    if owner != top:
+                        self.foreign.setdefault(owner, attribute or getattr(func, "__name__", repr(func)))
+        return func(*args, **(kwargs or {}))
+
+
+def _without_storage(value: object) -> object:
+    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value

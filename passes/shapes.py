@@ -1,0 +1,112 @@
+"""Shapes: the value of every node of a graph as a fake tensor, under ``meta["val"]``; nothing is computed.
+
+Where no example inputs are known, some are guessed that fit the graph: a batch of 2 with the channels or features that
+the first layer behind an argument reads, of one of the usual sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from passes.errors import InputError
+from passes.random_state import preserved_random_state
+
+# Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.
+USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
+    0: [()],
+    1: [(224,), (64,)],
+    2: [(224, 224), (32, 32), (299, 299), (64, 64), (256, 256)],
+    3: [(16, 112, 112), (16, 224, 224), (8, 64, 64)],
+}
+
+
+def propagate_shapes(graph: fx.GraphModule, inputs: tuple[object, ...]) -> None:
+    """Note the value of each node of `graph` for `inputs`, as a fake tensor, under ``meta["val"]``.
+
+    Raises:
+        InputError: the inputs do not fit; says at which layer.
+    """
+    with preserved_random_state():
+        _ShapePropagation(graph).propagate(inputs)
+
+
+def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> bool:
+    """Note the values for `inputs` (in train mode a norm may want a batch of two of them), else for guessed ones.
+
+    Returns:
+        Whether they are known now. A graph that has shapes already keeps them.
+    """
+    if all("val" in node.meta for node in graph.graph.nodes):
+        return True
+    for each in _guesses(graph) if inputs is None else (inputs, _twice(inputs)):
+        try:
+            propagate_shapes(graph, each)
+        except InputError:
+            continue
+        return True
+    return False
+
+
+def _twice(inputs: tuple[object, ...]) -> tuple[object, ...]:
+    doubled = pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
+    return tuple(doubled)
+
+
+def _guesses(graph: fx.GraphModule) -> Iterator[tuple[Tensor, ...]]:
+    """Guessed inputs, one size after the other: tensors without storage, of the parameters' dtype and device."""
+    like = next(graph.parameters(), torch.empty(0))
+    arguments = [node for node in graph.graph.nodes if node.op == "placeholder" and not node.args]
+    features = [shape for node in arguments if (shape := _features(graph, node)) is not None]
+    if len(features) < len(arguments):
+        return
+    for choice in range(max((len(USUAL_SIZES[dims]) for _, dims in features), default=0)):
+        sizes = [USUAL_SIZES[dims][min(choice, len(USUAL_SIZES[dims]) - 1)] for _, dims in features]
+        yield tuple(like.new_zeros(()).expand(2, read, *size) for (read, _), size in zip(features, sizes, strict=True))
+
+
+def _features(graph: fx.GraphModule, argument: fx.Node) -> tuple[int, int] | None:
+    """Channels that the first layer behind an argument reads, and the spatial dimensions it works on."""
+    behind = [argument]
+    for node in behind:  # grows as it goes: whatever stands between the argument and the layer
+        for user in node.users:
+            module: Any = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(kernel := getattr(module, "kernel_size", None), tuple) and hasattr(module, "in_channels"):
+                return int(module.in_channels), len(kernel)
+            if hasattr(module, "in_features"):
+                return int(module.in_features), 0
+            if user not in behind:
+                behind.append(user)
+    return None
+
+
+class _ShapePropagation(fx.Interpreter):
+    """Runs a graph on fake tensors and notes each node's value."""
+
+    def propagate(self, inputs: tuple[object, ...]) -> None:
+        """Propagate the shapes of `inputs` through the graph."""
+        self.extra_traceback = False  # or fx appends its own words to our messages
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = pytree.tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
+        expected = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if len(fakes) > len(expected):
+            raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
+        self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
+        with mode, torch.no_grad():
+            self.run(*fakes)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute one node, and say where it was when shapes do not fit."""
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            where = f"at layer {n.target!r}" if n.op == "call_module" else f"at {n.name!r}"
+            given = ", ".join(map(str, self._shapes))
+            raise InputError(f"example_inputs of shape {given} do not fit the model {where}: {error}") from error
+        n.meta["val"] = value
+        return value

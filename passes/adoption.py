@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from passes.cut import cuts
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import carry_hooks, replace_module
 from passes.plan import attach_plan, plans
 
 
 def adopt(model: nn.Module, small: nn.Module) -> None:
-    """Give `model` the grouped layers, plans and values of `small`, a compiled copy of it, in place.
+    """Give `model` the grouped layers, cut modules, plans and values of `small`, a compiled copy of it, in place.
 
     All modules and parameters of `model` that `small` did not replace stay the same objects, biases included.
     """
-    grouped = [(path, layer) for path, layer in small.named_modules() if isinstance(layer, Grouped)]
-    for path, layer in grouped:
+    cut = cuts(small)
+    replaced = [(path, m) for path, m in small.named_modules() if isinstance(m, Grouped) or path in cut]
+    for path, layer in replaced:
         old = model.get_submodule(path)
         carry_hooks(old, layer)
-        if isinstance(bias := old._parameters.get("bias"), nn.Parameter) and layer.bias is not None:
-            bias.data.copy_(layer.bias.data)
-            layer.bias = bias
+        bias, new = old._parameters.get("bias"), layer._parameters.get("bias")
+        if isinstance(bias, nn.Parameter) and new is not None and bias.shape == new.shape:
+            bias.data.copy_(new.data)
+            layer._parameters["bias"] = bias
         replace_module(model, path, layer)
     theirs = dict([*small.named_parameters(), *small.named_buffers()])
     with torch.no_grad():

@@ -11,13 +11,14 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.facts import Observation
 from passes.random_state import preserved_random_state
+from passes.shapes import without_storage
 
 # Attributes that a regrouped layer's parameter has in common with the dense one's.
 SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
@@ -77,7 +78,7 @@ class _Watch(TorchFunctionMode):
             self.strays.update((path, holder) for holder in holders if holder not in self._running)
             self._running.append(path)
             with torch._C.DisableTorchFunction():
-                self.called.setdefault(path, {}).setdefault(mode, pytree.tree_map(_without_storage, (args, kwargs)))
+                self.called.setdefault(path, {}).setdefault(mode, pytree.tree_map(without_storage, (args, kwargs)))
 
         return hook
 
@@ -96,7 +97,3 @@ class _Watch(TorchFunctionMode):
                     if owner != top:
                         self.foreign.setdefault(owner, attribute or getattr(func, "__name__", repr(func)))
         return func(*args, **(kwargs or {}))
-
-
-def _without_storage(value: object) -> object:
-    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value

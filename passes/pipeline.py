@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from passes.channels import ChannelAnalysis
+from passes.elimination import Elimination
 from passes.grouping import Grouping
 from passes.importance import Importance
 from passes.lowering import Lowering
@@ -15,3 +17,4 @@ ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 PLANNING: tuple[Pass, ...] = (Importance(), Grouping(), Pruning())
 LOWERING: tuple[Pass, ...] = (Lowering(),)
 PRUNING_STEP: tuple[Pass, ...] = (*PLANNING, Masking())
+ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())

@@ -56,7 +56,7 @@ def checked_settings(
         criterion=criterion,
         seed=_integer(seed, "seed", 0),
         example_inputs=as_inputs(example_inputs),
-        leaf_modules=_leaves(model, leaf_modules),
+        leaf_modules=resolved_leaves(model, leaf_modules),
     )
 
 
@@ -128,7 +128,7 @@ def step_ratio(value: object) -> float:
     return share
 
 
-def _leaves(model: nn.Module, leaf_modules: LeafModules) -> tuple[str, ...]:
+def resolved_leaves(model: nn.Module, leaf_modules: LeafModules) -> tuple[str, ...]:
     """Paths of the modules that `leaf_modules` names, by itself, by pattern, by class or as they are."""
     entries = [leaf_modules] if isinstance(leaf_modules, str | nn.Module | type) else list(leaf_modules)
     classes = tuple(entry for entry in entries if isinstance(entry, type))

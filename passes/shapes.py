@@ -6,7 +6,9 @@ the first layer behind an argument reads, of one of the usual sizes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +34,19 @@ def propagate_shapes(graph: fx.GraphModule, inputs: tuple[object, ...]) -> None:
     Raises:
         InputError: the inputs do not fit; says at which layer.
     """
-    with preserved_random_state():
+    with preserved_random_state(), _quiet():
         _ShapePropagation(graph).propagate(inputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging operations that don't fit: they are answered by an error, or by the next guess."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> bool:
@@ -51,6 +64,13 @@ def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> boo
             continue
         return True
     return False
+
+
+def without_storage(value: object) -> object:
+    """A tensor of the same shape, dtype and device that takes no memory; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def _twice(inputs: tuple[object, ...]) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import shadow
+from passes.cut import is_frozen_norm
 from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
@@ -143,10 +144,11 @@ class _Tracer(fx.Tracer):
         self._root_path, self._leaves, self._hooked = root_path, leaves, hooked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Besides torch's own modules: subclasses of its layers, grouped layers, and those that were named."""
+        """Besides torch's own modules: subclasses of its layers, grouped layers, frozen norms, and what was named."""
         if join(self._root_path, module_qualified_name) in self._leaves:
             return True
-        return isinstance(m, _ConvNd | nn.Linear | Grouped) or super().is_leaf_module(m, module_qualified_name)
+        ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
+        return ours or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace into a module, or past it if it is a leaf."""

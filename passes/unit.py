@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from passes.errors import PassError
 from passes.facts import Groups, Regions, Settings, Target
 from passes.plan import LayerPlan
+
+if TYPE_CHECKING:
+    from passes.channels import Channels
 
 T = TypeVar("T")
 
@@ -45,6 +48,7 @@ class Unit:
         importance: ``[C_out, C_in]`` of each target, by `importance`.
         grouping: labels and centroids of each target, by `grouping`.
         plans: the plan of every layer, by `pruning`.
+        channels: who reads which channels of the lowered model, by `channels`.
     """
 
     regions = Fact[Regions]()
@@ -53,6 +57,7 @@ class Unit:
     importance = Fact[dict[str, Tensor]]()
     grouping = Fact[dict[str, Groups]]()
     plans = Fact[dict[str, LayerPlan]]()
+    channels: Fact[Channels] = Fact()
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         """Start with the model and the settings, and no facts."""

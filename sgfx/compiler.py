@@ -12,9 +12,9 @@ from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Criterion, Settings
 from passes.manager import run_passes
-from passes.pipeline import ANALYSIS, LOWERING, PLANNING
+from passes.pipeline import ANALYSIS, ELIMINATION, LOWERING, PLANNING
 from passes.plan import LayerPlan
-from passes.settings import LeafModules, checked_settings
+from passes.settings import LeafModules, as_inputs, checked_settings, resolved_leaves
 from passes.unit import Unit
 from sgfx.pruner import Pruner, Step
 
@@ -35,6 +35,7 @@ def compile(
     inplace: bool = False,
     step: float | None = None,
     finetune: Callable[[M, Step], object] | None = None,
+    eliminate: bool = False,
     leaf_modules: LeafModules = (),
 ) -> M:
     """Regroup the convolutions and linear layers of a trained model physically.
@@ -62,6 +63,8 @@ def compile(
         step: prune in steps of this share, as the paper's local scheme does, instead of at once.
         finetune: ``finetune(model, step)`` trains the masked model in place after each step. An exception from it
             carries the `Pruner` as its attribute ``pruner``, which goes on from the step that failed.
+        eliminate: also remove the filters whose output nobody reads any more, with their norms' entries, all the way
+            up the network. Exact too, but tensors then have fewer channels than in `model`.
         leaf_modules: names, patterns, modules or classes of modules that are not to be traced into: what cannot be
             understood from their code. Layers inside them count as outside the traced parts.
 
@@ -86,10 +89,18 @@ def compile(
         raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
     else:
         small = _compile_at_once(model, options)
+    if eliminate:
+        eliminated(small, options)
     if not inplace:
         return small
     adopt(model, small)
     return model
+
+
+def eliminated(small: nn.Module, options: Mapping[str, Any]) -> None:
+    """Remove, in place, what nobody reads in a lowered model. The options are those of `compile`."""
+    inputs, leaves = as_inputs(options["example_inputs"]), resolved_leaves(small, options["leaf_modules"])
+    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
 
 
 def _compile_at_once(model: M, options: dict[str, Any]) -> M:

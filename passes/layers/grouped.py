@@ -67,6 +67,10 @@ class Grouped(nn.Module):
         """Copy the attributes that code asks a dense layer for."""
         raise NotImplementedError
 
+    def _resize(self, inputs: int, filters: int) -> None:
+        """Set the attributes that count channels."""
+        raise NotImplementedError
+
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the library's layer with a dense weight ``[filters, inputs, *kernel]``."""
         raise NotImplementedError
@@ -74,6 +78,33 @@ class Grouped(nn.Module):
     def _padded(self, x: Tensor) -> Tensor:
         """Pad what the library's layer does not pad itself."""
         return x
+
+    def restructured(self: L, plan: LayerPlan, outputs: Tensor | None, inputs: Tensor | None) -> L:
+        """Make a layer of fewer channels from this one, with its rows for them.
+
+        Args:
+            plan: groups of the remaining channels, in their own numbering.
+            outputs: int64, which of this layer's filters remain; None: all.
+            inputs: the same for its inputs. What the remaining filters read must be among them.
+        """
+        new = type(self)()
+        device = self.weight.device
+        filters = torch.arange(self._dense_shape[0]) if outputs is None else outputs
+        channels = torch.arange(self._dense_shape[1]) if inputs is None else inputs
+        new._copy_geometry(self)
+        new._resize(plan.in_channels, plan.out_channels)
+        new._set_structure(plan, device)
+        row_of = torch.empty(self._dense_shape[0] * self._dense_shape[1], dtype=torch.int64, device=device)
+        row_of[self._rows] = torch.arange(len(self._rows), device=device)
+        filter_, channel = new._rows // plan.in_channels, new._rows % plan.in_channels
+        dense = filters.to(device)[filter_] * self._dense_shape[1] + channels.to(device)[channel]
+        new.weight = nn.Parameter(self.weight.detach()[row_of[dense]], requires_grad=self.weight.requires_grad)
+        bias = self.bias
+        if bias is not None and outputs is not None:
+            bias = nn.Parameter(bias.detach()[filters.to(device)], requires_grad=bias.requires_grad)
+        new.register_parameter("bias", bias)
+        carry_over(self, new)
+        return new
 
     def _set_structure(self, plan: LayerPlan, device: torch.device) -> None:
         if plan.labels is None or plan.keep is None:
@@ -148,13 +179,18 @@ def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:
 
 
 class _GroupedConv(Grouped):
+    _pad: tuple[int, ...]
+
     def _copy_geometry(self, layer: Any) -> None:
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
         self.padding_mode = layer.padding_mode
         self._spatial_dims = len(layer.kernel_size)
-        self._pad = tuple(layer._reversed_padding_repeated_twice)
+        self._pad = layer._pad if isinstance(layer, _GroupedConv) else tuple(layer._reversed_padding_repeated_twice)
+
+    def _resize(self, inputs: int, filters: int) -> None:
+        self.in_channels, self.out_channels = inputs, filters
 
     def _padded(self, x: Tensor) -> Tensor:
         return x if self.padding_mode == "zeros" else F.pad(x, self._pad, mode=self.padding_mode)
@@ -183,6 +219,9 @@ class GroupedLinear(Grouped):
     def _copy_geometry(self, layer: Any) -> None:
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._spatial_dims = 0
+
+    def _resize(self, inputs: int, filters: int) -> None:
+        self.in_features, self.out_features = inputs, filters
 
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.errors import InputError
-from passes.layers.surgery import hook_dicts
+from passes.layers.surgery import shallow_copy
 
 L = TypeVar("L", bound="Masked")
 
@@ -28,9 +28,7 @@ class Masked(nn.Module):
     @classmethod
     def from_dense(cls: type[L], layer: nn.Module) -> L:
         """Make the masked twin of a dense layer, sharing its parameters, with nothing masked yet."""
-        new = cls.__new__(cls)
-        shared = {key: value.copy() if _is_registry(layer, key) else value for key, value in layer.__dict__.items()}
-        new.__dict__.update(shared)
+        new = shallow_copy(layer, cls)
         new.register_buffer("mask", torch.ones(new.weight.shape[:2], dtype=torch.bool, device=new.weight.device))
         return new
 
@@ -38,10 +36,6 @@ class Masked(nn.Module):
         """The weight with 0 where a connection is pruned, ``[C_out, C_in, *kernel]``."""
         mask = self.mask.view(*self.mask.shape, *[1] * (self.weight.dim() - 2))
         return torch.where(mask, self.weight, 0.0)
-
-
-def _is_registry(module: nn.Module, key: str) -> bool:
-    return key in ("_parameters", "_buffers", "_modules") or key in hook_dicts(module)
 
 
 class MaskedConv1d(Masked, nn.Conv1d):

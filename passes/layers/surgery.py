@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 # What a torch layer sets on itself; anything else in its __dict__ was put there by the user and moves along.
 _OF_TORCH = {
@@ -19,6 +23,14 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Register `new` under the module path `path` of `model`, in the place and order of the old module."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = new
+
+
+def shallow_copy(module: nn.Module, kind: type[M]) -> M:
+    """A new module of class `kind` with all that another has, in registries of its own."""
+    new = kind.__new__(kind)
+    registries = ("_parameters", "_buffers", "_modules", *hook_dicts(module))
+    new.__dict__.update({key: value.copy() if key in registries else value for key, value in module.__dict__.items()})
+    return new
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

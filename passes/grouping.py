@@ -8,10 +8,12 @@ labels. Equal filters can leave fewer groups than asked for; the groups found ar
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from passes.errors import InputError
@@ -42,11 +44,24 @@ def group_filters(importance: Tensor, groups: int, seed: int = 0) -> Groups:
     filters, inputs = importance.shape
     groups = min(groups, filters)
     means = KMeans(groups, n_init=restarts(filters, inputs, groups), random_state=seed)
-    with warnings.catch_warnings():
+    # One thread: sums then have one order on every machine, and layers are too small for more to pay.
+    with warnings.catch_warnings(), _threadpools().limit(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct filters than groups: reported, not warned
-        found = torch.from_numpy(means.fit_predict(importance.numpy())).long()
+        found = torch.from_numpy(means.fit_predict(_scaled(importance).numpy())).long()
     labels = _in_order_of_appearance(found)
     return Groups(labels, centroids(importance, labels))
+
+
+@cache
+def _threadpools() -> ThreadpoolController:
+    """The thread pools of this process; finding them takes milliseconds."""
+    return ThreadpoolController()
+
+
+def _scaled(importance: Tensor) -> Tensor:
+    """Importance times a power of two, so that squares neither overflow nor vanish; the partition stays the same."""
+    exponent = int(torch.frexp(importance.max()).exponent)
+    return importance * 2.0 ** -max(-100, min(exponent, 100))
 
 
 def restarts(filters: int, inputs: int, groups: int) -> int:
@@ -57,7 +72,7 @@ def restarts(filters: int, inputs: int, groups: int) -> int:
 def centroids(importance: Tensor, labels: Tensor) -> Tensor:
     """Mean importance vector of each group, float64 ``[groups, C_in]`` (the μ of eq. 7, 8)."""
     sizes = torch.bincount(labels)
-    sums = torch.zeros(len(sizes), importance.shape[1], dtype=torch.float64)
+    sums = torch.zeros(len(sizes), importance.shape[1], dtype=torch.float64, device=importance.device)
     return sums.index_add_(0, labels, importance.double()) / sizes[:, None]
 
 
@@ -68,7 +83,7 @@ def inertia(importance: Tensor, labels: Tensor) -> float:
 
 def _in_order_of_appearance(labels: Tensor) -> Tensor:
     number: dict[int, int] = {}
-    return torch.tensor([number.setdefault(label, len(number)) for label in labels.tolist()])
+    return torch.tensor([number.setdefault(label, len(number)) for label in labels.tolist()], device=labels.device)
 
 
 class Grouping(Pass):

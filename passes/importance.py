@@ -40,13 +40,20 @@ def importance(weight: Tensor, criterion: Criterion = "l1") -> Tensor:
         raise InputError("its weight holds NaN or infinite values; repair or retrain the layer, or ignore it")
     if callable(criterion):
         try:
-            vectors = criterion(weight)
+            vectors = criterion(weight.clone())  # it may compute in place
         except Exception as error:
             raise InputError(f"the criterion failed on a weight {list(weight.shape)}: {error}") from error
         return _checked(vectors, weight)
     precise = weight if weight.dtype == torch.float64 else weight.float()
-    norm: Tensor = torch.linalg.vector_norm(precise.reshape(*weight.shape[:2], -1), NORMS[criterion], dim=2)
+    norm = _norm(precise, NORMS[criterion])
+    if not torch.isfinite(norm).all():  # the sum is beyond single precision
+        norm = _norm(weight.double(), NORMS[criterion])
     return norm.cpu()
+
+
+def _norm(weight: Tensor, order: int) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(weight.reshape(*weight.shape[:2], -1), order, dim=2)
+    return norm
 
 
 def _checked(vectors: object, weight: Tensor) -> Tensor:

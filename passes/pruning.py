@@ -38,7 +38,7 @@ def truncate(centroids: Tensor, sizes: Tensor, ratio: float) -> Tensor:
     pruned = torch.cat([pruned.new_zeros(1), pruned[:-1]])  # by number of truncated entries; all of them is too many
     requested = ratio * int(sizes.sum()) * inputs
     count = int(torch.argmin((pruned.double() - requested).abs()))
-    keep = torch.ones(groups * inputs, dtype=torch.bool)
+    keep = torch.ones(groups * inputs, dtype=torch.bool, device=centroids.device)
     keep[order[:count]] = False
     return keep.view(groups, inputs)
 

@@ -37,6 +37,18 @@ def test_importance_of_half_precision_weights_is_taken_in_single_precision():
     assert importance(torch.ones(1, 1, dtype=torch.float64)).dtype == torch.float64
 
 
+def test_importance_beyond_single_precision_is_taken_in_double():
+    vectors = importance(torch.full((1, 2, 3, 3), 3e38))
+    assert vectors.dtype == torch.float64
+    assert vectors.tolist() == [[pytest.approx(27e38)] * 2]
+
+
+def test_a_criterion_that_computes_in_place_leaves_the_weight():
+    weight = -torch.ones(2, 3)
+    assert importance(weight, lambda w: w.abs_()).tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert weight.tolist() == [[-1, -1, -1], [-1, -1, -1]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(bad):
     with pytest.raises(InputError, match="NaN or infinite"):
@@ -68,6 +80,18 @@ def test_filters_group_by_similarity_and_labels_follow_first_appearance():
     assert found.centroids.tolist() == [[9, 1, 1], [0, 8, 1]]
     # Squared distances by hand: filters 0, 2, 4 to (9, 1, 1), filters 1, 3 to (0, 8, 1).
     assert inertia(VECTORS, found.labels) == (1 + 0) + (1 + 0 + 1) + (1 + 1 + 1) + 2 * (1 + 1)
+
+
+@pytest.mark.parametrize("scale", [2.0**120, 1e30, 1e-30, 1e-44])
+def test_groups_do_not_depend_on_the_scale(scale):
+    vectors = VECTORS if scale < 1e-40 else VECTORS * 0.7  # subnormal numbers are integers times the smallest one
+    assert torch.equal(group_filters(vectors * scale, groups=2).labels, group_filters(VECTORS, groups=2).labels)
+
+
+def test_clustering_gives_its_threads_back():
+    before = torch.get_num_threads()
+    group_filters(VECTORS, groups=2)
+    assert torch.get_num_threads() == before
 
 
 def test_equal_filters_leave_fewer_groups_and_no_warning():

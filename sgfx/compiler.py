@@ -72,6 +72,8 @@ def compile(
         InputError: (a ValueError) the model or an option can't be compiled; names the layer and the way out.
         TypeError: an argument is of the wrong type.
     """
+    if finetune is not None and not callable(finetune):
+        raise TypeError(f"finetune must be callable as finetune(model, step), not {finetune!r}")
     options: dict[str, Any] = {
         "groups": groups,
         "ratio": ratio,
@@ -126,6 +128,7 @@ def _compile_in_steps(
     model: M, step: float, finetune: Callable[[M, Step], object] | None, options: dict[str, Any]
 ) -> M:
     pruner = Pruner(model, step=step, **options)
+    modes = {path: module.training for path, module in pruner.model.named_modules()}
     for each in pruner:
         if finetune is None:
             continue
@@ -138,4 +141,7 @@ def _compile_in_steps(
                 "masked model: iterate over it to go on from this step"
             )
             raise
-    return pruner.lower()
+    small = pruner.lower()
+    for path, module in small.named_modules():
+        module.training = modes.get(path, module.training)  # finetune may have left other modes
+    return small

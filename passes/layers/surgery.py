@@ -20,9 +20,17 @@ _OF_TORCH = {
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Register `new` under the module path `path` of `model`, in the place and order of the old module."""
+    """Register `new` under the module path `path` of `model`, in the place and order of the old module.
+
+    The hooks of the old one move along in their registries, so that the handles which a user holds still remove them.
+    """
     parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = new
+    holder = model.get_submodule(parent)
+    old = holder._modules[name]
+    if old is not None:
+        new.__dict__.update({key: old.__dict__[key] for key in hook_dicts(old)})
+        new._is_full_backward_hook = old._is_full_backward_hook
+    holder._modules[name] = new
 
 
 def shallow_copy(module: nn.Module, kind: type[M]) -> M:

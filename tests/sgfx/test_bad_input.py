@@ -119,6 +119,11 @@ def test_finetune_needs_a_step():
         sgfx.compile(ready(), ratio=0.5, finetune=lambda model, step: None)
 
 
+def test_finetune_must_be_callable():
+    with pytest.raises(TypeError, match=r"finetune must be callable as finetune\(model, step\), not 5"):
+        sgfx.compile(ready(), ratio=0.5, step=0.25, finetune=5)
+
+
 def test_equal_filters_give_fewer_groups_and_no_warning():
     def equal(model):
         model[2].weight.data.fill_(0.5)

@@ -393,6 +393,41 @@ def test_inplace_with_steps_brings_what_was_trained():
     assert isinstance(model.fc, Grouped)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modes_are_kept_whatever_finetune_leaves(inplace):
+    model = net().eval()
+    model.bn1.train()
+    small = sgfx.compile(model, ratio=0.5, step=0.25, finetune=lambda masked, step: masked.train(), inplace=inplace)
+    assert [path for path, module in small.named_modules() if module.training] == ["bn1"]
+
+
+def test_inplace_keeps_the_handles_of_hooks():
+    model, calls = net(), []
+    handle = model.block[0].register_forward_hook(lambda *_: calls.append(1))
+    sgfx.compile(model, ratio=0.5, inplace=True)
+    model(IMAGES)
+    handle.remove()
+    model(IMAGES)
+    assert calls == [1]
+
+
+def test_inplace_leaves_tensors_alone_that_can_not_be_written_to():
+    with torch.inference_mode():
+        model = net().eval()
+    model.register_buffer("anchors", torch.ones(1, 4).expand(3, 4))
+    expected = sgfx.compile(model, ratio=0.5)
+    with torch.no_grad():
+        assert torch.equal(sgfx.compile(model, ratio=0.5, inplace=True)(IMAGES), expected(IMAGES))
+
+
+def test_the_default_device_has_no_say():
+    model = net()
+    expected = sgfx.compile(model, ratio=0.5)
+    with torch.device("meta"):
+        small = sgfx.compile(model, ratio=0.5)
+    assert torch.equal(small(IMAGES), expected(IMAGES))
+
+
 def test_an_error_in_finetune_carries_the_pruner_that_goes_on():
     calls = []
 

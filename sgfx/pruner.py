@@ -191,6 +191,8 @@ class Pruner(Generic[M]):
         index = state["index"]
         if not isinstance(index, int) or not 0 <= index <= len(self) or not isinstance(state["open"], bool):
             raise InputError(f"the state stands at step {index!r} of {len(self)}: the file is damaged")
+        if not all(isinstance(state[key], Mapping) for key in ("options", "plans", "model")):
+            raise InputError("the state's options, plans and model must be dicts: the file is damaged")
         mine, theirs = self._options(), state["options"]
         other = [
             f"{key} ({theirs.get(key)!r} in the state, {mine[key]!r} here)"
@@ -199,7 +201,7 @@ class Pruner(Generic[M]):
         ]
         if other:
             raise InputError("the state was saved with other options: " + ", ".join(other))
-        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        shapes = {name: getattr(tensor, "shape", None) for name, tensor in self.model.state_dict().items()}
         given = {name: getattr(tensor, "shape", None) for name, tensor in state["model"].items()}
         wrong = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
         if wrong:
@@ -211,7 +213,7 @@ class Pruner(Generic[M]):
         made = {}
         for path, layer in self.model.named_modules():
             if path in saved:
-                made[path] = LayerPlan.of(layer, **saved[path])
+                made[path] = _loaded_plan(path, layer, saved[path])
             elif path in self._unit.reasons:
                 made[path] = LayerPlan.of(layer, reason=self._unit.reasons[path])
         return made
@@ -233,3 +235,13 @@ class Pruner(Generic[M]):
     def _check_not_lowered(self, action: str) -> None:
         if self._lowered:
             raise InputError(f"can't {action}: lower() was called, and its result is the model; make a new Pruner")
+
+
+def _loaded_plan(path: str, layer: nn.Module, saved: object) -> LayerPlan:
+    try:
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"it is a {type(saved).__name__}")
+        decided = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in saved.items()}
+        return LayerPlan.of(layer, **decided)
+    except (TypeError, AttributeError, InputError) as error:
+        raise InputError(f"the state's plan of layer {path!r} is damaged: {error}") from error

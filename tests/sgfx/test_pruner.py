@@ -205,6 +205,51 @@ def test_states_that_do_not_belong_are_refused_and_nothing_is_changed():
         assert (each.state_dict()["index"], each.state_dict()["open"]) == (0, False)
 
 
+@pytest.mark.parametrize("key", ["version", "options", "index", "open", "plans", "model"])
+@pytest.mark.parametrize("value", [None, 7, "x", [], {}, {"fc1": None}, {"conv2": 3, "fc1": 3, "fc2": 3, "fc3": 3}])
+def test_damaged_states_are_refused(key, value):
+    source = pruner()
+    next(iter(source))
+    with pytest.raises(sgfx.InputError, match="state"):
+        pruner().load_state_dict(source.state_dict() | {key: value})
+
+
+class Counting(nn.Module):
+    """Keeps a state that is no tensor, as `get_extra_state` allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+    def forward(self, x):
+        return x
+
+
+def test_states_may_hold_what_is_no_tensor():
+    source, other = (sgfx.Pruner(nn.Sequential(lenet(), Counting()), ratio=0.6, step=0.2) for _ in range(2))
+    next(iter(source))
+    source.model[1].count = 3
+    other.load_state_dict(source.state_dict())
+    assert other.model[1].count == 3
+
+
+def test_a_hook_on_the_masked_model_moves_along_and_its_handle_removes_it():
+    each, calls = pruner(), []
+    handle = each.model.fc1.register_forward_hook(lambda *_: calls.append(1))
+    next(iter(each))
+    small = each.lower()
+    small(IMAGES)
+    handle.remove()
+    small(IMAGES)
+    assert calls == [1]
+
+
 def test_lowering_is_exact_and_ends_the_pruner():
     each = pruner()
     for _ in each:

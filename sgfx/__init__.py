@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from passes.errors import InputError, PassError
     from passes.plan import LayerPlan, plans
     from sgfx.compiler import compile
+    from sgfx.files import load, save
     from sgfx.pruner import Pruner, Step
     from sgfx.reporting import Report, Share, report
     from sgfx.training import Trainer
@@ -27,8 +28,10 @@ _HOMES = {
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
     "compile": "sgfx.compiler",
+    "load": "sgfx.files",
     "plans": "passes.plan",
     "report": "sgfx.reporting",
+    "save": "sgfx.files",
 }
 
 __version__ = version("sgfx")
@@ -42,8 +45,10 @@ __all__ = [
     "Step",
     "Trainer",
     "compile",
+    "load",
     "plans",
     "report",
+    "save",
 ]
 
 

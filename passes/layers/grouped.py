@@ -28,6 +28,7 @@ from passes.plan import LayerPlan
 L = TypeVar("L", bound="Grouped")
 Form = Literal["dense", "blocks"]
 STRUCTURE = ("filters", "inputs", "block_sizes")
+DERIVED = (*STRUCTURE, "_rows", "_places")  # all buffers: each follows from the layer's plan
 
 
 class Grouped(nn.Module):

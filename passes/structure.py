@@ -1,0 +1,142 @@
+"""The structure of a compiled model as plain data, fit for JSON, and back.
+
+A record holds what the model's own constructor does not know (plans: labels and the inputs of each group, or the reason
+of a layer that was left alone; cuts) and what has to agree with a fresh dense model before anything is put into it: the
+class of every module, its geometry, and which names stand for one and the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import InputError
+from passes.layers.grouped import DERIVED, GROUPED, Grouped
+from passes.plan import LayerPlan, layer_shape, plan_of, plans
+
+Record: TypeAlias = dict[str, Any]
+
+# What changes a module's outputs and can't be seen in the shapes of its tensors.
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "output_size", "ceil_mode", "eps")
+
+
+def describe(model: nn.Module) -> Record:
+    """The structure of `model` as dicts, lists, strings and numbers.
+
+    A grouped layer is described as the dense layer it was made from, so that the description of a compiled model and
+    that of its dense twin differ in ``"plans"`` alone.
+    """
+    return {
+        "model": type(model).__qualname__,
+        "modules": {path: _module_record(m) for path, m in model.named_modules(remove_duplicate=False)},
+        "plans": {path: plan_record(plan) for path, plan in plans(model).items()},
+        "ties": ties(model),
+        "transient": sorted(transient(model)),
+    }
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, each tensor once, without what a grouped layer derives from its plan."""
+    derived = {
+        f"{path}.{name}".lstrip(".")
+        for path, layer in model.named_modules()
+        if isinstance(layer, Grouped)
+        for name in DERIVED
+    }
+    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name not in derived}
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Names that stand for a tensor which has another name before: that name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        earlier = first.setdefault(id(tensor), name)
+        if earlier != name:
+            tied[name] = earlier
+    return tied
+
+
+def transient(model: nn.Module) -> set[str]:
+    """Names of the buffers that are not persistent, whether they hold a tensor or not."""
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if not (isinstance(module, Grouped) and name in DERIVED)
+    }
+
+
+def _module_record(module: nn.Module) -> Record:
+    plan = plan_of(module)
+    name = plan.kind if isinstance(module, Grouped) and plan is not None else type(module).__qualname__
+    geometry = {key: _plain(getattr(module, key)) for key in _GEOMETRY if _is_plain(getattr(module, key, ...))}
+    return {"class": name, **geometry}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int | float | str)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def plan_record(plan: LayerPlan) -> Record:
+    """A layer plan as plain data; `plan_from_record` is the way back."""
+    kind, inputs, filters, kernel = plan.shape
+    record = {"kind": kind, "in_channels": inputs, "out_channels": filters, "kernel_size": list(kernel)}
+    if plan.labels is None or plan.keep is None:
+        return record | {"reason": plan.reason}
+    return record | {
+        "requested_ratio": plan.requested_ratio,
+        "labels": plan.labels.tolist(),
+        "inputs": [row.nonzero()[:, 0].tolist() for row in plan.keep],
+    }
+
+
+def plan_from_record(record: Mapping[str, Any], layer: nn.Module) -> LayerPlan:
+    """Make the plan of the dense `layer` from its record.
+
+    Raises:
+        InputError: the record is of another layer, or no plan.
+    """
+    kind, inputs, filters, kernel = layer_shape(layer)
+    given = record["kind"], record["in_channels"], record["out_channels"], tuple(record["kernel_size"])
+    if given != (kind, inputs, filters, kernel):
+        raise InputError(f"it is {_shape(*given)} in the file and {_shape(kind, inputs, filters, kernel)} in the model")
+    if "reason" in record:
+        if not isinstance(record["reason"], str):
+            raise InputError("its reason is no text")
+        return LayerPlan.of(layer, reason=record["reason"])
+    if type(layer) not in GROUPED or getattr(layer, "groups", 1) != 1:
+        raise InputError(f"a {type(layer).__name__} can't be regrouped")
+    reads = record["inputs"]
+    if not any(reads) or not all(_is_ascending(each, inputs) for each in reads):
+        raise InputError(f"the inputs of its groups are not ascending numbers below {inputs}")
+    if not all(type(label) is int for label in record["labels"]):
+        raise InputError("its labels are not integers")
+    keep = torch.zeros(len(reads), inputs, dtype=torch.bool)
+    for row, each in zip(keep, reads, strict=True):
+        row[each] = True
+    labels = torch.tensor(record["labels"], dtype=torch.int64)
+    return LayerPlan.of(layer, labels=labels, keep=keep, requested_ratio=float(record["requested_ratio"]))
+
+
+def _is_ascending(numbers: list[int], end: int) -> bool:
+    return all(type(n) is int for n in numbers) and all(
+        a < b for a, b in zip([-1, *numbers], [*numbers, end], strict=True)
+    )
+
+
+def _shape(kind: str, inputs: int, filters: int, kernel: tuple[int, ...]) -> str:
+    size = f", kernel {'×'.join(map(str, kernel))}" if kernel else ""
+    return f"{kind}({inputs}, {filters}{size})"

@@ -1,0 +1,259 @@
+"""`sgfx.save` and `sgfx.load`: compiled models in safetensors files, with their structure as JSON metadata.
+
+A file holds tensors and plain data, never code. Its metadata has one entry, ``"sgfx"``: a JSON object with the version
+of the format, the structure of the model (`passes.structure`) and a SHA-256 sum over that structure and all tensors.
+The sum tells an altered file from a whole one; it is no signature, and says nothing of who wrote the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from passes.adoption import adopt
+from passes.copying import copy_model
+from passes.errors import InputError
+from passes.layers.grouped import Grouped
+from passes.layers.masked import Masked
+from passes.lowering import lower
+from passes.plan import LayerPlan, plan_of, plans
+from passes.settings import check_model
+from passes.structure import Record, describe, named_tensors, plan_from_record, transient
+from sgfx.writing import replacing
+
+M = TypeVar("M", bound=nn.Module)
+
+FORMAT = 1  # grows when a file means something that earlier versions of sgfx would read wrongly
+_KEY = "sgfx"
+_ANEW = "Make a fresh dense model of the class and options that the file was saved from"
+
+
+def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a compiled model to a safetensors file: weights, buffers, and the plan of each layer.
+
+    The file appears under its name only once it is whole and on the disk, in place of an earlier one. Hooks, modes,
+    ``requires_grad`` and attributes that the model's class sets by itself are not part of it.
+
+    Args:
+        small: what `sgfx.compile` or `Pruner.lower` returned, or a model that holds such a part. It is not changed.
+        path: the file; its folder exists.
+
+    Raises:
+        InputError: `small` is not compiled, or holds what tensors and plain data can't say; names the module.
+        FileNotFoundError: there is no such folder.
+    """
+    _check_savable(small)
+    if Path(path).suffix.lower() in (".onnx", ".pt2"):
+        raise InputError(f"{path} would be no {Path(path).suffix[1:]} file but a safetensors one: use sgfx.export")
+    structure = describe(small)
+    tensors = {name: _storable(name, tensor) for name, tensor in named_tensors(small).items()}
+    structure["checksum"] = _checksum(structure, tensors)
+    with replacing(path) as temporary:
+        from safetensors.torch import save_file
+
+        save_file(tensors, temporary, {_KEY: _json({"format": FORMAT, **structure})})
+
+
+def load(path: str | os.PathLike[str], *, into: M) -> M:
+    """Put what `save` wrote into a fresh dense model, in place, and return it.
+
+    The model gets the structure, the plans, the weights and the buffers of the saved one, exactly; it keeps its own
+    modes, hooks, devices and ``requires_grad``, and is fit for further training (make the optimizer afterwards: the
+    regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it.
+
+    Args:
+        path: the file.
+        into: a dense model of the class and options that the saved one had before it was compiled.
+
+    Raises:
+        InputError: the file is damaged, altered, not of sgfx or of a newer one, or `into` is another model; says where.
+        FileNotFoundError: there is no such file.
+    """
+    _check_fresh(into)
+    file = Path(path)
+    structure, tensors = _read(file)
+    try:
+        small = _rebuilt(into, structure, tensors)
+    except InputError as error:
+        raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, and yet it makes no sense
+        raise InputError(
+            f"{file} is malformed ({type(error).__name__}: {error}); it was not written by sgfx"
+        ) from error
+    adopt(into, small)
+    return into
+
+
+def _check_savable(small: nn.Module) -> None:
+    check_model(small)
+    found = plans(small)
+    if not found:
+        raise InputError("the model has no layer plans: save what sgfx.compile or Pruner.lower returned")
+    for path, module in small.named_modules():
+        where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+        if isinstance(module, Masked):
+            raise InputError(
+                f"layer {path!r} is masked, between two pruning steps: save what Pruner.lower returns, or keep "
+                "pruner.state_dict() to go on later"
+            )
+        plan = plan_of(module)
+        if isinstance(module, Grouped) != (plan is not None and plan.grouped):
+            raise InputError(f"{where} does not agree with its layer plan: it was replaced after compiling")
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise InputError(f"{where} keeps extra state (get_extra_state), which a file of tensors can't hold")
+
+
+def _check_fresh(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"into must be a torch.nn.Module, not {type(model).__name__}")
+    tensors = named_tensors(model)
+    meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise InputError(f"into has {meta!r} on the meta device: create the model with real weights, or use to_empty")
+    check_model(model)
+    if plans(model) or any(isinstance(module, Grouped | Masked) for module in model.modules()):
+        raise InputError("into was compiled before. Make a fresh dense model of its class")
+    for name, tensor in tensors.items():
+        overlapping = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+        if overlapping or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
+            kind = "expanded" if overlapping else "made in inference mode"
+            raise InputError(f"into has {name!r} {kind}, so it can't be written to. Make it an ordinary tensor")
+
+
+def _storable(name: str, tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name!r} is {tensor.layout}; a file holds dense tensors alone")
+    # Always a copy of its own: names of one file must not share memory, and the sum must hold for what is written.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _checksum(structure: Record, tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256(_json(structure).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _read(file: Path) -> tuple[Record, dict[str, Tensor]]:
+    """Read and check a file for itself: its structure and tensors."""
+    from safetensors import safe_open
+
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give the path of a file that sgfx.save wrote")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; give the path of a file that sgfx.save wrote")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            structure = _structure(file, (content.metadata() or {}).get(_KEY))
+            tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
+    except (InputError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # arbitrary bytes make the reader raise nearly anything
+        raise InputError(
+            f"{file} is truncated, damaged or no safetensors file ({error}); copy it again, or save it anew"
+        ) from error
+    given = structure.pop("checksum", None)
+    if given != _checksum(structure, tensors):
+        raise InputError(f"{file} was altered after sgfx.save wrote it: its checksum differs; copy it again")
+    return structure, tensors
+
+
+def _structure(file: Path, text: str | None) -> Record:
+    if text is None:
+        raise InputError(
+            f"{file} is a safetensors file, but not one that sgfx.save wrote. Load plain weights with "
+            "models_zoo.load_checkpoint"
+        )
+    try:
+        structure = json.loads(text)
+        version = structure.pop("format")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: its structure can't be read ({error}); copy it again") from error
+    if type(version) is not int or version < 1:
+        raise InputError(f"{file} is damaged: it says that its format is {version!r}; copy it again")
+    if version > FORMAT:
+        raise InputError(
+            f"{file} was written by a newer sgfx (format {version}; this one reads formats up to {FORMAT}): "
+            "upgrade with pip install --upgrade sgfx"
+        )
+    return dict(structure)
+
+
+def _rebuilt(model: M, structure: Record, tensors: dict[str, Tensor]) -> M:
+    """A copy of `model` with the structure and values of the file, after every check."""
+    _check_modules(describe(model), structure)
+    made: dict[str, LayerPlan] = {}
+    for path, record in structure["plans"].items():
+        try:
+            made[path] = plan_from_record(record, model.get_submodule(path))
+        except InputError as error:
+            raise InputError(f"layer {path!r}: {error}") from error
+    small = copy_model(model, shared=named_tensors(model).values())
+    lower(small, made)
+    _fill(small, tensors, set(structure["transient"]))
+    return small
+
+
+def _check_modules(own: Record, given: Record) -> None:
+    if given["model"] != own["model"]:
+        raise InputError(f"it holds a {given['model']}")
+    modules, theirs = own["modules"], given["modules"]
+    if missing := [path for path in theirs if path not in modules]:
+        raise InputError(f"the model lacks {_few(missing)}")
+    if extra := [path for path in modules if path not in theirs]:
+        raise InputError(f"the file lacks {_few(extra)}")
+    for path, record in theirs.items():
+        mine = modules[path]
+        different = [key for key in ("class", *sorted(record), *mine) if record.get(key) != mine.get(key)]
+        if different:
+            key = different[0]
+            raise InputError(
+                f"module {path!r} has {key} {record.get(key)} in the file and {mine.get(key)} in the model"
+            )
+    if given["ties"] != own["ties"]:
+        names = sorted({*given["ties"].items()} ^ {*own["ties"].items()})
+        raise InputError(f"{' and '.join(map(repr, names[0]))} are one tensor in the file or in the model, not in both")
+
+
+def _fill(small: nn.Module, tensors: dict[str, Tensor], optional: set[str]) -> None:
+    """Give `small` the values of the file; buffers that are not persistent only where both have them alike."""
+    own = named_tensors(small)
+    optional = optional | transient(small)
+    if missing := [name for name in tensors if name not in own and name not in optional]:
+        raise InputError(f"the model lacks {_few(missing)}")
+    if extra := [name for name in own if name not in tensors and name not in optional]:
+        raise InputError(f"the file lacks {_few(extra)}")
+    values: dict[int, Tensor] = {}
+    for name, mine in own.items():
+        value = tensors.get(name)
+        if value is not None and (value.dtype, value.shape) == (mine.dtype, mine.shape):
+            value = value.to(mine.device)
+            is_parameter = isinstance(mine, nn.Parameter)
+            values[id(mine)] = nn.Parameter(value, requires_grad=mine.requires_grad) if is_parameter else value
+        elif value is not None and name not in optional:
+            raise InputError(f"{name!r} is {_kind(value)} in the file and {_kind(mine)} in the model")
+    for module in small.modules():
+        registries: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for registry in registries:
+            registry.update({key: values[id(mine)] for key, mine in registry.items() if id(mine) in values})
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

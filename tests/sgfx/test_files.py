@@ -1,0 +1,530 @@
+"""`sgfx.save` and `sgfx.load`: exact round trips, and files that are refused before anything changes."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models import detection
+
+import models_zoo
+import sgfx
+from passes.layers.grouped import Grouped
+from sgfx.files import _checksum
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A net with a tied weight, a buffer that is not persistent, and one that is no contiguous tensor."""
+
+    def __init__(self, width=8, stride=1, bound=6.0):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.block = nn.Sequential(nn.Conv2d(width, width, 3, stride, 1), nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.fc = nn.Linear(width, 10)
+        self.twin_a, self.twin_b = nn.Linear(10, 10), nn.Linear(10, 10)
+        self.twin_b.weight = self.twin_a.weight
+        self.register_buffer("bound", torch.tensor(bound), persistent=False)
+        self.register_buffer("mix", torch.randn(10, 10).t())
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.fc((y.clamp(max=float(self.bound)) + self.block(y).mean((2, 3), keepdim=True)).mean((2, 3)))
+        return self.twin_b(self.twin_a(y)) @ self.mix
+
+
+class LeakyNet(Net):
+    """Another class with the very same tensors."""
+
+
+class Untied(Net):
+    """The same names, but two tensors where `Net` has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin_b.weight = nn.Parameter(self.twin_b.weight.detach().clone())
+
+
+Untied.__qualname__ = "Net"
+
+
+def small_net(**options):
+    torch.manual_seed(0)
+    return sgfx.compile(trained(Net(**options)), groups=3, ratio=0.5)
+
+
+def trained(model):
+    """Move the norms' statistics and the rest away from what the constructor makes."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(0.01 * torch.rand(tensor.shape))
+    return model
+
+
+def everything(model):
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def assert_same(loaded, small):
+    assert sgfx.plans(loaded) == sgfx.plans(small)
+    mine, theirs = everything(loaded), everything(small)
+    assert list(mine) == list(theirs)
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype, name
+        assert torch.equal(mine[name], tensor), name
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in small.modules()]
+
+
+def snapshot(model):
+    return {name: (id(tensor), tensor.clone()) for name, tensor in everything(model).items()}, list(model.modules())
+
+
+def assert_untouched(model, before):
+    tensors, modules = before
+    assert list(model.modules()) == modules
+    assert {name: id(tensor) for name, tensor in everything(model).items()} == {n: i for n, (i, _) in tensors.items()}
+    assert all(torch.equal(tensor, tensors[name][1]) for name, tensor in everything(model).items())
+    assert sgfx.plans(model) == {}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.safetensors"
+    sgfx.save(small_net(), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_round_trip_is_exact(tmp_path, dtype):
+    small = small_net().to(dtype)
+    sgfx.save(small, str(tmp_path / "small.safetensors"))
+    into = Net().to(dtype)
+    assert sgfx.load(tmp_path / "small.safetensors", into=into) is into
+    assert_same(into, small)
+    assert into.twin_a.weight is into.twin_b.weight
+    images = IMAGES.to(dtype)
+    for mode in (False, True):
+        assert torch.equal(into.train(mode)(images), small.train(mode)(images))
+
+
+@pytest.mark.parametrize("name", models_zoo.list())
+def test_every_network_of_the_zoo_comes_back(tmp_path, name):
+    if name in ("resnet110", "densenet201", "resnet56", "resnet44", "resnet32"):
+        pytest.skip("the same code as a smaller one")
+    torch.manual_seed(0)
+    small = sgfx.compile(models_zoo.create(name), groups=4, ratio=0.7)
+    sgfx.save(small, tmp_path / "small.safetensors")
+    assert_same(sgfx.load(tmp_path / "small.safetensors", into=models_zoo.create(name)), small)
+
+
+def test_a_compiled_backbone_comes_back_inside_its_detector(tmp_path):
+    def detector():
+        return detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+
+    torch.manual_seed(0)
+    small = detector()
+    small.backbone = sgfx.compile(small.backbone, ratio=0.5)
+    sgfx.save(small, tmp_path / "detector.safetensors")
+    loaded = sgfx.load(tmp_path / "detector.safetensors", into=detector())
+    assert_same(loaded, small)
+    images = [torch.rand(3, 64, 64)]
+    for mine, theirs in zip(loaded.eval()(images), small.eval()(images), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_training_goes_on_alike_after_loading(file):
+    models = small_net(), sgfx.load(file, into=Net())
+    for model in models:
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(IMAGES), torch.arange(4)).backward()
+            optimizer.step()
+    assert_same(models[1], models[0])
+    assert not torch.equal(models[1].fc.weight, small_net().fc.weight)
+
+
+def test_the_model_keeps_its_modes_hooks_flags_and_untouched_objects(file):
+    into = Net()
+    into.bn1.eval()
+    into.block[0].weight.requires_grad_(False)
+    seen = []
+    into.block[0].register_forward_hook(lambda *_: seen.append(1))
+    kept = [into.conv1.weight, into.bn1.running_mean, into.fc.bias]
+    sgfx.load(file, into=into)
+    assert all(a is b for a, b in zip(kept, [into.conv1.weight, into.bn1.running_mean, into.fc.bias], strict=True))
+    assert (into.bn1.training, into.training) == (False, True)
+    assert not into.block[0].weight.requires_grad
+    assert seen == []
+    into(IMAGES)
+    assert seen == [1]
+
+
+def test_a_file_saved_again_is_the_same(file, tmp_path):
+    sgfx.save(sgfx.load(file, into=Net()), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_weights_are_stored_packed_and_the_structure_is_plain_json(file):
+    with safe_open(file, "pt") as content:
+        structure = json.loads(content.metadata()["sgfx"])
+    assert structure["format"] == 1
+    plan = sgfx.plans(small_net())["block.0"]
+    assert structure["plans"]["block.0"]["labels"] == plan.labels.tolist()
+    assert structure["plans"]["conv1"]["reason"] == "first convolution"
+    assert load_file(file)["block.0.weight"].shape == (plan.connections, 3, 3)
+
+
+def test_a_cache_that_is_no_part_of_the_state_does_not_stand_in_the_way(tmp_path):
+    small = small_net()
+    small.register_buffer("cache", torch.zeros(7), persistent=False)
+    sgfx.save(small, tmp_path / "small.safetensors")
+    assert not hasattr(sgfx.load(tmp_path / "small.safetensors", into=Net()), "cache")
+
+
+def test_buffers_that_are_not_persistent_come_back_too(tmp_path):
+    sgfx.save(small_net(bound=0.25), tmp_path / "small.safetensors")
+    assert sgfx.load(tmp_path / "small.safetensors", into=Net()).bound == small_net(bound=0.25).bound
+
+
+# What is refused on saving.
+
+
+def masked():
+    pruner = sgfx.Pruner(Net(), ratio=0.5, step=0.25)
+    next(iter(pruner))
+    return pruner.model
+
+
+def with_extra_state():
+    class Counter(nn.ReLU):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    small = small_net()
+    small.block[1] = Counter()
+    return small
+
+
+def with_a_layer_put_back():
+    small = small_net()
+    small.fc = nn.Linear(8, 10)
+    small.fc._sgfx_plan = sgfx.plans(small_net())["fc"]
+    return small
+
+
+def with_a_sparse_buffer():
+    small = small_net()
+    small.mix = torch.eye(10).to_sparse()
+    return small
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Net, "has no layer plans: save what sgfx.compile or Pruner.lower returned"),
+        (masked, "is masked, between two pruning steps: save what Pruner.lower returns"),
+        (with_extra_state, r"module 'block.1' \(Counter\) keeps extra state"),
+        (with_a_layer_put_back, r"module 'fc' \(Linear\) does not agree with its layer plan"),
+        (with_a_sparse_buffer, "'mix' is torch.sparse_coo"),
+    ],
+)
+def test_models_that_a_file_cant_hold_are_refused(tmp_path, make, message):
+    with pytest.raises(sgfx.InputError, match=message):
+        sgfx.save(make(), tmp_path / "small.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cant_be_written_are_refused(tmp_path):
+    with pytest.raises(sgfx.InputError, match="is a folder; give the path of a file"):
+        sgfx.save(small_net(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing; make it first"):
+        sgfx.save(small_net(), tmp_path / "missing" / "small.safetensors")
+    with pytest.raises(sgfx.InputError, match=r"would be no onnx file but a safetensors one: use sgfx.export"):
+        sgfx.save(small_net(), tmp_path / "small.onnx")
+    with pytest.raises(TypeError):
+        sgfx.save(small_net(), 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is refused on loading: for each, the model is as it was.
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
+        sgfx.load(tmp_path / "none.safetensors", into=model)
+    with pytest.raises(sgfx.InputError, match=r"is a folder; give the path of a file that sgfx.save wrote"):
+        sgfx.load(tmp_path, into=model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.01, 0.3, 0.7, 0.999])
+def test_truncated_files_are_refused(file, share):
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(file, "is truncated, damaged or no safetensors file")
+
+
+def refused(file, message, model=None):
+    model = Net() if model is None else model
+    before = snapshot(model)
+    with pytest.raises(sgfx.InputError, match=message):
+        sgfx.load(file, into=model)
+    assert_untouched(model, before)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "foreign"
+    path.write_bytes(b"\x89PNG" + bytes(100))
+    refused(path, "is truncated, damaged or no safetensors file")
+    torch.save(Net().state_dict(), path)
+    refused(path, "is truncated, damaged or no safetensors file")
+    save_file({"weight": torch.zeros(3)}, path)
+    refused(path, "not one that sgfx.save wrote")
+    save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
+    refused(path, "not one that sgfx.save wrote")
+
+
+def rewrite(file, change, *, honest=True):
+    """Change structure and tensors of a file; with a checksum that holds, as whoever forges a file would."""
+    with safe_open(file, "pt") as content:
+        structure = json.loads(content.metadata()["sgfx"])
+    tensors = load_file(file)
+    change(structure, tensors)
+    if honest:
+        summed = {key: value for key, value in structure.items() if key not in ("format", "checksum")}
+        structure["checksum"] = _checksum(summed, tensors)
+    save_file(tensors, file, {"sgfx": json.dumps(structure)})
+
+
+def test_a_file_rewritten_without_a_change_loads(file):
+    rewrite(file, lambda structure, tensors: None)
+    assert_same(sgfx.load(file, into=Net()), small_net())
+
+
+def nudge_a_weight(structure, tensors):
+    tensors["fc.weight"].view(-1)[3] += 1e-6
+
+
+def swap_labels(structure, tensors):
+    labels = structure["plans"]["fc"]["labels"]
+    labels.reverse()
+
+
+def rename_a_tensor(structure, tensors):
+    tensors["fc.weights"] = tensors.pop("fc.weight")
+
+
+def drop_the_sum(structure, tensors):
+    del structure["checksum"]
+
+
+@pytest.mark.parametrize("change", [nudge_a_weight, swap_labels, rename_a_tensor, drop_the_sum])
+def test_altered_files_are_refused(file, change):
+    rewrite(file, change, honest=False)
+    refused(file, "was altered after sgfx.save wrote it: its checksum differs")
+
+
+def test_any_flipped_bit_is_noticed(file):
+    content = bytearray(file.read_bytes())
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.integers(0, 8 * len(content) - 1))
+    def check(bit):
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(sgfx.InputError):
+            sgfx.load(file, into=into)
+
+    into = Net()
+    before = snapshot(into)
+    check()
+    assert_untouched(into, before)
+
+
+def test_newer_files_are_refused(file):
+    rewrite(file, lambda structure, _: structure.update(format=2), honest=False)
+    refused(file, r"was written by a newer sgfx \(format 2; this one reads formats up to 1\): upgrade")
+
+
+@pytest.mark.parametrize("version", [None, "1", 0, True])
+def test_a_version_that_is_none_is_refused(file, version):
+    rewrite(file, lambda structure, _: structure.update(format=version), honest=False)
+    refused(file, "is damaged: it says that its format is")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "[" * 100_000])
+def test_a_structure_that_is_none_is_refused(file, text):
+    save_file(load_file(file), file, {"sgfx": text})
+    refused(file, "is damaged: its structure can't be read")
+
+
+def set_in_plan(**values):
+    return lambda structure, _: structure["plans"]["fc"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in_plan(labels=[0, 1, 2]), r"layer 'fc': labels must be int64 \[10\]"),
+        (set_in_plan(labels=[0] * 10), "layer 'fc': labels must use every group from 0 to 2"),
+        (set_in_plan(labels=[0.5, 1, 2] + [0] * 7), "layer 'fc': its labels are not integers"),
+        (set_in_plan(inputs=[[0], [1], [8]]), "layer 'fc': the inputs of its groups are not ascending numbers below 8"),
+        (set_in_plan(inputs=[[0], [1], [-1]]), "layer 'fc': the inputs of its groups are not ascending"),
+        (set_in_plan(inputs=[[0], [1], [2, 2]]), "layer 'fc': the inputs of its groups are not ascending"),
+        (set_in_plan(inputs=[[], [], []]), "layer 'fc': the inputs of its groups are not ascending"),
+        (set_in_plan(requested_ratio=1.5), r"layer 'fc': requested_ratio must lie in \[0, 1\)"),
+        (set_in_plan(reason=3), "layer 'fc': its reason is no text"),
+        (
+            set_in_plan(in_channels=10**12),
+            r"layer 'fc': it is Linear\(1000000000000, 10\) in the file and Linear\(8, 10",
+        ),
+        (lambda s, _: s["plans"].update(bn1=s["plans"]["fc"]), "BatchNorm2d is neither a convolution nor a linear"),
+        (lambda s, _: s["plans"].update(head=s["plans"]["fc"]), "is malformed .*head.*it was not written by sgfx"),
+        (lambda s, _: s["plans"]["fc"].pop("inputs"), "is malformed .*it was not written by sgfx"),
+        (lambda s, _: s.pop("modules"), "is malformed .*it was not written by sgfx"),
+        (lambda s, _: s.update(plans=[]), "is malformed .*it was not written by sgfx"),
+        (
+            lambda _, t: t.update({"fc.weight": t["fc.weight"][1:]}),
+            r"'fc.weight' is float32 .* in the file and float32",
+        ),
+        (
+            lambda _, t: t.update({"fc.bias": t["fc.bias"].double()}),
+            r"'fc.bias' is float64 \[10\] in the file and float3",
+        ),
+        (lambda _, t: t.pop("fc.bias"), "the file lacks 'fc.bias'"),
+        (lambda _, t: t.update(extra=torch.zeros(1)), "the model lacks 'extra'"),
+    ],
+)
+def test_forged_files_are_refused(file, change, message):
+    rewrite(file, change)
+    refused(file, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (LeakyNet, "does not fit LeakyNet: it holds a Net. Make a fresh dense model of the class and options"),
+        (
+            lambda: Net(width=16),
+            "'block.0': it is Conv2d.8, 8, kernel 3×3. in the file and Conv2d.16, 16, kernel 3×3. in",
+        ),
+        (lambda: Net(stride=2), r"module 'block.0' has stride \[1, 1\] in the file and \[2, 2\] in the model"),
+        (Untied, "'twin_b.weight' and 'twin_a.weight' are one tensor in the file or in the model, not in both"),
+        (lambda: Net().double(), "is float32 .* in the file and float64 .* in the model"),
+    ],
+)
+def test_another_model_is_refused(file, make, message):
+    refused(file, message, make())
+
+
+def test_other_modules_are_refused(file):
+    model = Net()
+    model.block[1] = nn.GELU()
+    refused(file, "module 'block.1' has class ReLU in the file and GELU in the model", model)
+    del model.block[1]
+    refused(file, "the model lacks 'block.2'", model)
+    model = Net()
+    model.head = nn.Identity()
+    refused(file, "the file lacks 'head'", model)
+
+
+def test_models_that_cant_be_loaded_into_are_refused(file):
+    with pytest.raises(sgfx.InputError, match=r"into was compiled before. Make a fresh dense model of its class"):
+        sgfx.load(file, into=small_net())
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(sgfx.InputError, match=r"into has 'conv1.weight' on the meta device"):
+        sgfx.load(file, into=model)
+    model = Net()
+    model.mix = torch.zeros(1, 1).expand(10, 10)
+    refused(file, "into has 'mix' expanded, so it can't be written to", model)
+    with torch.inference_mode():
+        model = Net()
+    with pytest.raises(sgfx.InputError, match="made in inference mode, so it can't be written to"):
+        sgfx.load(file, into=model)
+    with pytest.raises(TypeError, match=r"into must be a torch.nn.Module, not dict"):
+        sgfx.load(file, into={})
+
+
+# Saving is atomic.
+
+
+def test_an_error_while_writing_leaves_the_earlier_file(file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        sgfx.save(small_net(), file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_an_earlier_file_is_replaced_and_a_link_followed(file):
+    link = file.with_name("link.safetensors")
+    link.symlink_to(file)
+    small = small_net(bound=0.5)
+    sgfx.save(small, link)
+    assert link.is_symlink()
+    assert_same(sgfx.load(file, into=Net()), small)
+    assert {each.name for each in file.parent.iterdir()} == {file.name, link.name}
+
+
+def test_permissions_are_those_of_any_new_file(file):
+    other = file.with_name("other")
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+
+
+def test_a_killed_process_never_leaves_half_a_file(tmp_path):
+    program = """
+import sys, torch, sgfx, models_zoo
+torch.set_num_threads(1)
+torch.manual_seed(0)
+small = sgfx.compile(models_zoo.create("resnet20"), groups=4, ratio=0.5)
+index = 0
+while True:
+    small.conv1.weight.data.fill_(index)
+    sgfx.save(small, sys.argv[1])
+    if not index:
+        print(flush=True)
+    index += 1
+"""
+    path = tmp_path / "small.safetensors"
+    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            for attempt in range(12):
+                process.send_signal(signal.SIGSTOP)  # wherever it stands, what has the name is whole
+                loaded = sgfx.load(path, into=models_zoo.create("resnet20"))
+                assert len(loaded.conv1.weight.unique()) == 1
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.007 * (attempt + 1))
+        finally:
+            process.kill()
+    assert isinstance(sgfx.load(path, into=models_zoo.create("resnet20")).linear, Grouped)
+    assert len([each for each in tmp_path.iterdir() if not each.name.startswith(".")]) == 1
+
+
+def test_deep_copies_save_alike(file):
+    again = file.with_name("again.safetensors")
+    sgfx.save(copy.deepcopy(small_net()), again)
+    assert again.read_bytes() == file.read_bytes()

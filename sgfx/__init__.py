@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from passes.errors import InputError, PassError
     from passes.plan import LayerPlan, plans
     from sgfx.compiler import compile
+    from sgfx.exporting import Exported, export
     from sgfx.files import load, save
     from sgfx.pruner import Pruner, Step
     from sgfx.reporting import Report, Share, report
     from sgfx.training import Trainer
 
 _HOMES = {
+    "Exported": "sgfx.exporting",
     "InputError": "passes.errors",
     "LayerPlan": "passes.plan",
     "PassError": "passes.errors",
@@ -28,6 +30,7 @@ _HOMES = {
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
     "compile": "sgfx.compiler",
+    "export": "sgfx.exporting",
     "load": "sgfx.files",
     "plans": "passes.plan",
     "report": "sgfx.reporting",
@@ -36,6 +39,7 @@ _HOMES = {
 
 __version__ = version("sgfx")
 __all__ = [
+    "Exported",
     "InputError",
     "LayerPlan",
     "PassError",
@@ -45,6 +49,7 @@ __all__ = [
     "Step",
     "Trainer",
     "compile",
+    "export",
     "load",
     "plans",
     "report",

@@ -1,0 +1,81 @@
+"""Plain layers in place of grouped ones, for files that are run without this package.
+
+Two forms, which compute the same: ``"dense"`` is torch's own layer with zeros where connections are pruned;
+``"blocks"`` gathers the inputs of each group, computes its block and puts the filters in their places (eq. 17), with
+nothing stored but the blocks and the indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.layers.grouped import GROUPED, Form, Grouped
+from passes.layers.surgery import replace_module
+
+
+def make_exportable(model: nn.Module, form: Form) -> None:
+    """Put plain layers of `form` in place of all grouped ones, in place."""
+    make: Callable[[Grouped], nn.Module] = dense_layer if form == "dense" else Blocks
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Grouped):
+            replace_module(model, path, make(layer))
+
+
+def dense_layer(layer: Grouped) -> nn.Module:
+    """Torch's own layer with the weights of `layer`, and zeros where its connections are pruned."""
+    kind: Any = next(dense for dense, grouped in GROUPED.items() if type(layer) is grouped)
+    filters, inputs, *kernel = layer.dense_weight().shape
+    geometry = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode") if kernel}
+    shape = (inputs, filters, tuple(kernel)) if kernel else (inputs, filters)
+    new: nn.Module = kind(*shape, bias=layer.bias is not None, device="meta", **geometry)
+    new.weight = nn.Parameter(layer.dense_weight().detach(), requires_grad=False)
+    new.register_parameter("bias", layer.bias)
+    return new.train(layer.training)
+
+
+class Blocks(nn.Module):
+    """A grouped layer as one ordinary layer for each group."""
+
+    def __init__(self, layer: Grouped) -> None:
+        """Take over the blocks of `layer`; nothing else of it is kept."""
+        super().__init__()
+        self._call, self._pad = layer._call, layer._padded  # they read the geometry alone
+        self._channels = -1 - layer._spatial_dims
+        sizes = layer._blocks
+        kernel = layer._dense_shape[2:]
+        filters, inputs = ([size[side] for size in sizes] for side in (0, 1))
+        rows = torch.split(layer.weight.detach(), [a * b for a, b in sizes])
+        self.weights = _parameters(each.reshape(*size, *kernel) for each, size in zip(rows, sizes, strict=True))
+        bias = None if layer.bias is None else layer.bias.detach()[layer.filters]
+        self.biases = None if bias is None else _parameters(torch.split(bias, filters))
+        for group, read in enumerate(torch.split(layer.inputs, inputs)):
+            self.register_buffer(f"inputs{group}", read.clone())
+        self.register_buffer("places", layer._places.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer; shapes are those of the dense layer."""
+        x = self._pad(x)
+        outputs: list[Tensor | None] = []
+        for group, weight in enumerate(self.weights):
+            bias = None if self.biases is None else self.biases[group]
+            read = self.get_buffer(f"inputs{group}")
+            outputs.append(self._call(x.index_select(self._channels, read), weight, bias) if len(read) else None)
+        some = next(output for output in outputs if output is not None)
+        blocks = [self._constant(some, group) if y is None else y for group, y in enumerate(outputs)]
+        return torch.cat(blocks, self._channels).index_select(self._channels, self.get_buffer("places"))
+
+    def _constant(self, like: Tensor, group: int) -> Tensor:
+        """What a group without inputs yields: its bias everywhere."""
+        shape = list(like.shape)
+        shape[self._channels] = len(self.weights[group])
+        zeros = like.new_zeros(shape)
+        return zeros if self.biases is None else zeros + self.biases[group].view(-1, *[1] * (-1 - self._channels))
+
+
+def _parameters(tensors: Iterable[Tensor]) -> nn.ParameterList:
+    """Parameters with memory of their own: a file would store the whole of what they are views of."""
+    return nn.ParameterList(nn.Parameter(tensor.clone(), requires_grad=False) for tensor in tensors)

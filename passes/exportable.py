@@ -28,11 +28,12 @@ def make_exportable(model: nn.Module, form: Form) -> None:
 def dense_layer(layer: Grouped) -> nn.Module:
     """Torch's own layer with the weights of `layer`, and zeros where its connections are pruned."""
     kind: Any = next(dense for dense, grouped in GROUPED.items() if type(layer) is grouped)
-    filters, inputs, *kernel = layer.dense_weight().shape
+    weight = layer.dense_weight().detach()
+    filters, inputs, *kernel = weight.shape
     geometry = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode") if kernel}
     shape = (inputs, filters, tuple(kernel)) if kernel else (inputs, filters)
     new: nn.Module = kind(*shape, bias=layer.bias is not None, device="meta", **geometry)
-    new.weight = nn.Parameter(layer.dense_weight().detach(), requires_grad=False)
+    new.weight = nn.Parameter(weight, requires_grad=False)
     new.register_parameter("bias", layer.bias)
     return new.train(layer.training)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sgfx.pruner import Pruner, Step
     from sgfx.reporting import Report, Share, report
     from sgfx.training import Trainer
+    from sgfx.verification import Verification, verify
 
 _HOMES = {
     "Exported": "sgfx.exporting",
@@ -29,12 +30,14 @@ _HOMES = {
     "Share": "sgfx.reporting",
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
+    "Verification": "sgfx.verification",
     "compile": "sgfx.compiler",
     "export": "sgfx.exporting",
     "load": "sgfx.files",
     "plans": "passes.plan",
     "report": "sgfx.reporting",
     "save": "sgfx.files",
+    "verify": "sgfx.verification",
 }
 
 __version__ = version("sgfx")
@@ -48,12 +51,14 @@ __all__ = [
     "Share",
     "Step",
     "Trainer",
+    "Verification",
     "compile",
     "export",
     "load",
     "plans",
     "report",
     "save",
+    "verify",
 ]
 
 

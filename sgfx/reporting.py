@@ -126,6 +126,14 @@ def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
     Raises:
         InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
     """
+    found = plans_of_pair(dense, small)
+    inputs = as_inputs(example_inputs) or ()
+    before, after = count_macs(dense, inputs), count_macs(small, inputs)
+    return _assemble(dense, small, found, before, after)
+
+
+def plans_of_pair(dense: nn.Module, small: nn.Module) -> dict[str, LayerPlan]:
+    """The layer plans of `small`, checked to be those of a model made from `dense`."""
     check_model(dense)
     check_model(small)
     found = plans(small)
@@ -136,9 +144,7 @@ def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
         layer = modules.get(path)
         if not isinstance(layer, _ConvNd | nn.Linear) or layer_shape(layer) != plan.shape:
             raise InputError(f"small is no compiled form of dense: layer {path!r} of small is not in dense, or differs")
-    inputs = as_inputs(example_inputs) or ()
-    before, after = count_macs(dense, inputs), count_macs(small, inputs)
-    return _assemble(dense, small, found, before, after)
+    return found
 
 
 def _assemble(

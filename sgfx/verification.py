@@ -1,0 +1,245 @@
+"""`sgfx.verify`: how far a regrouped model is from the masked one it stands for, in numbers that users can check.
+
+The reference is the dense model's structure, filled with the parameters and buffers that the small model has now
+(`passes.scattering`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
+user's, first in eval mode and then in train mode. All random states are seeded alike before each run: the two draw the
+same numbers in the same order, so dropout and stochastic depth stay on and drop the same values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.copying import shadow
+from passes.errors import InputError
+from passes.layers.masked import Masked
+from passes.plan import LayerPlan
+from passes.random_state import preserved_random_state
+from passes.scattering import gather, masked_reference, scatter
+from passes.settings import as_inputs
+from sgfx.reporting import plans_of_pair
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One layer: how far its output is from the masked layer's, and its weights from the dense model's.
+
+    Attributes:
+        path: module path.
+        kind: the dense layer's class.
+        eval_error, train_error: largest difference of its outputs in that mode, relative to the largest output of the
+            masked layer; None where neither model calls it. What the layers before it do wrong counts too.
+        moved: ‖now − then‖ / ‖then‖ over the weights that are kept.
+    """
+
+    path: str
+    kind: str
+    eval_error: float | None
+    train_error: float | None
+    moved: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `sgfx.verify` returns: print it, or take plain data from `to_dict`.
+
+    An error is the largest absolute difference over the largest absolute value of the reference: about 1e-7 is rounding
+    in fp32, 1e-15 in fp64. It is infinite where the two have different shapes, or not the same NaNs.
+
+    Attributes:
+        eval_error, train_error: of the model's outputs, in that mode.
+        gradient_error: of the gradients in train mode, relative to the largest of all gradients; None where the
+            outputs have no gradients.
+        moved: ‖now − then‖ / ‖then‖ over all kept parameters: how far training has taken them from `dense`.
+        layers: one entry for each layer with a plan, in the order of ``named_modules()``.
+    """
+
+    eval_error: float
+    train_error: float
+    gradient_error: float | None
+    moved: float
+    layers: tuple[LayerError, ...]
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of the outputs of the model and of any layer, in eval and in train mode."""
+        errors = [error for layer in self.layers for error in (layer.eval_error, layer.train_error)]
+        return max(self.eval_error, self.train_error, *(error for error in errors if error is not None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification as plain data: dicts, lists, numbers and strings."""
+        return {"max_error": self.max_error, **asdict(self)}
+
+    def __str__(self) -> str:
+        """The numbers, and a table of the layers that differ."""
+        from tabulate import tabulate
+
+        gradients = "none" if self.gradient_error is None else f"{self.gradient_error:.1e}"
+        text = (
+            f"largest error {self.max_error:.1e}: outputs {self.eval_error:.1e} in eval mode, {self.train_error:.1e} "
+            f"in train mode; gradients {gradients}; weights moved by {100 * self.moved:.2f}% since they were dense"
+        )
+        different = [layer for layer in self.layers if layer.eval_error or layer.train_error]
+        if not different:
+            return f"{text}\nall {len(self.layers)} layers agree exactly"
+        rows = [
+            [layer.path, layer.kind, _number(layer.eval_error), _number(layer.train_error), f"{100 * layer.moved:.2f}%"]
+            for layer in different
+        ]
+        table = tabulate(rows, ["layer", "kind", "eval", "train", "moved"], disable_numparse=True)
+        return f"{text}\n{len(different)} of {len(self.layers)} layers differ:\n{table}"
+
+
+def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[object, ...]) -> Verification:
+    """Compare a regrouped model with the masked one it stands for: outputs, layers, gradients, in eval and train mode.
+
+    Args:
+        dense: the model before `sgfx.compile`. Neither model is run or changed.
+        small: what `sgfx.compile` or `Pruner.lower` returned, fine-tuned or not.
+        example_inputs: a tensor or a tuple of positional arguments, which fit both modes: at least two images where
+            the model has batch norms, and the targets where a detector needs them to train.
+
+    Raises:
+        InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
+    """
+    found = plans_of_pair(dense, small)
+    masked = next((path for path, module in small.named_modules() if isinstance(module, Masked)), None)
+    if masked is not None:
+        raise InputError(f"layer {masked!r} of small is masked, not regrouped: verify what Pruner.lower returns")
+    inputs = as_inputs(example_inputs) or ()
+    reference, twin = masked_reference(dense, small), shadow(small)
+    moved, weights_moved = _moved(dense, reference, found)
+    with preserved_random_state():
+        eval_error, eval_layers, _ = _compare(reference, twin, found, inputs, training=False)
+        train_error, train_layers, gradient_error = _compare(reference, twin, found, inputs, training=True)
+    layers = tuple(
+        LayerError(path, plan.kind, eval_layers[path], train_layers[path], weights_moved[path])
+        for path, plan in found.items()
+    )
+    return Verification(eval_error, train_error, gradient_error, moved, layers)
+
+
+def _moved(dense: nn.Module, reference: nn.Module, found: dict[str, LayerPlan]) -> tuple[float, dict[str, float]]:
+    """How far the kept parameters are from the dense model's: all of them, and the weight of each layer."""
+    distances: dict[str, tuple[float, float]] = {}
+    now = dict(reference.named_parameters())
+    for name, then in dense.named_parameters():
+        path, _, kind = name.rpartition(".")
+        kept, plan = then.detach().double(), found.get(path)
+        if kind == "weight" and plan is not None and plan.grouped:
+            kept = scatter(gather(kept, plan), plan)
+        distances[name] = float((now[name].detach().double() - kept).norm()), float(kept.norm())
+    each = {path: _share([distances.get(f"{path}.weight".lstrip("."), (0.0, 0.0))]) for path in found}
+    return _share(distances.values()), each
+
+
+def _share(distances: Iterable[tuple[float, float]]) -> float:
+    """Distances over norms, both summed in squares."""
+    pairs = list(distances)
+    distance, norm = (float(np.linalg.norm([pair[side] for pair in pairs])) for side in (0, 1))
+    return distance / norm if norm else distance
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one run of a model yields: outputs, each layer's outputs call by call, and gradients by parameter."""
+
+    outputs: list[Tensor]
+    layers: dict[str, list[Tensor]]
+    gradients: dict[str, Tensor]
+
+
+def _compare(
+    reference: nn.Module, twin: nn.Module, found: dict[str, LayerPlan], inputs: tuple[object, ...], *, training: bool
+) -> tuple[float, dict[str, float | None], float | None]:
+    """Errors of the outputs, of each layer's outputs, and of the gradients."""
+    expected, actual = (_run(model, list(found), inputs, training) for model in (reference, twin))
+    layers = {
+        path: _error(actual.layers[path], expected.layers[path])
+        if actual.layers[path] or expected.layers[path]
+        else None
+        for path in found
+    }
+    return _error(actual.outputs, expected.outputs), layers, _gradient_error(actual, expected, found)
+
+
+def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], training: bool) -> _Trial:
+    layers: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def note(path: str) -> Any:  # clones, since what comes next may work in place
+        return lambda _, args, output: layers[path].append(output.detach().clone())
+
+    handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    _seed()
+    try:
+        with torch.set_grad_enabled(training):
+            outputs = model.train(training)(*pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        mode = "train" if training else "eval"
+        raise InputError(f"example_inputs ({shapes}) do not fit the model in {mode} mode: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+    return _Trial([x.detach() for x in tensors], layers, _gradients(model, tensors))
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients of a fixed weighted sum of all outputs, with respect to the parameters that it depends on."""
+    loss = sum((x.flatten() * torch.arange(x.numel(), device=x.device).cos()).sum() for x in outputs if x.requires_grad)
+    if not isinstance(loss, Tensor):
+        return {}
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def _gradient_error(actual: _Trial, expected: _Trial, found: dict[str, LayerPlan]) -> float | None:
+    if not expected.gradients and not actual.gradients:
+        return None
+    if expected.gradients.keys() != actual.gradients.keys():
+        return float("inf")
+    mine, theirs = [], []
+    for name, gradient in expected.gradients.items():
+        path, _, kind = name.rpartition(".")
+        plan = found.get(path)
+        grouped = kind == "weight" and plan is not None and plan.grouped
+        theirs.append((gather(gradient, plan) if plan is not None and grouped else gradient).flatten())
+        mine.append(actual.gradients[name].flatten())
+    return _error([torch.cat([x.double() for x in mine])], [torch.cat([x.double() for x in theirs])])
+
+
+def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative difference of tensors, pair by pair; infinite where they can't be compared."""
+    if [x.shape for x in actual] != [x.shape for x in expected]:
+        return float("inf")
+    return max(map(_distance, actual, expected), default=0.0)
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    if same.all():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    worst = float(torch.where(same, 0, actual.to(wide) - expected.to(wide)).abs().nan_to_num(float("inf")).max())
+    scale = float(expected.to(wide).abs().nan_to_num(0, 0, 0).max())
+    return worst / scale if scale else worst
+
+
+def _number(error: float | None) -> str:
+    return "not called" if error is None else f"{error:.1e}"

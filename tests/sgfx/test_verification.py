@@ -1,0 +1,267 @@
+"""`sgfx.verify`: exact where the compiler is, loud where something is wrong, and without a trace on the models."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import detection
+from torchvision.ops import StochasticDepth
+
+import models_zoo
+import sgfx
+from passes.layers.grouped import Grouped, GroupedLinear
+from passes.plan import LayerPlan
+from passes.scattering import gather, scatter
+
+IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Convolutions with a norm, dropout, stochastic depth and an auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
+        self.depth = StochasticDepth(0.5, "row")
+        self.fc, self.aux = nn.Linear(8, 10), nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = F.dropout((y + self.depth(self.block(y))).mean((2, 3)), 0.3, self.training)
+        return (self.fc(y), self.aux(y)) if self.training else self.fc(y)
+
+
+def pair(dtype=torch.float64, model=None, **options):
+    torch.manual_seed(0)
+    dense = (Net() if model is None else model).to(dtype)
+    return dense, sgfx.compile(dense, **{"groups": 3, "ratio": 0.6, **options})
+
+
+@pytest.mark.parametrize("form", ["dense", "blocks"])
+@pytest.mark.parametrize("name", ["resnet20", "densenet_bc"])
+def test_compiled_networks_equal_their_masked_ones(name, form):
+    options = {"depth": 16, "growth": 6} if name == "densenet_bc" else {}
+    torch.manual_seed(0)
+    dense, small = pair(model=models_zoo.create(name, **options))
+    for layer in small.modules():
+        if isinstance(layer, Grouped):
+            layer.form = form
+    found = sgfx.verify(dense, small, IMAGES)
+    assert found.max_error < 1e-12
+    assert found.gradient_error < 1e-10
+    assert found.moved == 0
+    assert [layer.path for layer in found.layers] == list(sgfx.plans(small))
+
+
+def test_random_layers_draw_the_same_numbers():
+    dense, small = pair()
+    found = sgfx.verify(dense, small, IMAGES)
+    assert (found.max_error, found.gradient_error) == (0, 0)
+    assert str(found).endswith("all 5 layers agree exactly")
+
+
+def test_layers_that_one_mode_does_not_call_have_no_error_there():
+    found = sgfx.verify(*pair(), IMAGES)
+    errors = {layer.path: (layer.eval_error, layer.train_error) for layer in found.layers}
+    assert errors["aux"] == (None, 0)
+    assert errors["fc"] == (0, 0)
+
+
+def test_it_serves_after_fine_tuning_and_says_how_far_the_weights_have_moved():
+    dense, small = pair()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(small(IMAGES)[0], torch.arange(4)).backward()
+        optimizer.step()
+    found = sgfx.verify(dense, small, IMAGES)
+    assert found.max_error < 1e-12
+    assert 0.001 < found.moved < 1
+    layers = {layer.path: layer for layer in found.layers}
+    assert layers["aux"].moved == 0
+    assert layers["fc"].moved > 0.001
+
+
+def test_the_distance_moved_by_hand():
+    dense, small = pair(model=nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)))
+    plan = sgfx.plans(small)["1"]
+    kept = dense[1].weight.detach()[:, :, 0, 0][plan.keep[plan.labels]]
+    with torch.no_grad():
+        small[1].weight.mul_(1.5)
+    found = sgfx.verify(dense, small, IMAGES)
+    total = float((dense[0].weight.detach().square().sum() + kept.square().sum()).sqrt())
+    assert found.moved == pytest.approx(0.5 * float(kept.norm()) / total, rel=1e-12)
+    assert [layer.moved for layer in found.layers] == pytest.approx([0, 0.5], rel=1e-12)
+
+
+# What goes wrong is found, and where.
+
+
+def swap_rows(small):
+    layer = small.block[2]
+    layer._rows = layer._rows.flip(0)
+
+
+def scale_in_training(small):
+    def forward(self, x):
+        return GroupedLinear.forward(self, x) * (1 + 1e-3 * self.training)
+
+    small.aux.forward = forward.__get__(small.aux)
+
+
+def forget_the_bias(small):
+    small.block[2].forward = lambda x: Grouped.forward(small.block[2], x) - small.block[2].bias[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "first", "eval_differs"),
+    [(swap_rows, "block.2", True), (scale_in_training, "aux", False), (forget_the_bias, "block.2", True)],
+)
+def test_a_wrong_layer_is_found(spoil, first, eval_differs):
+    dense, small = pair()
+    spoil(small)
+    found = sgfx.verify(dense, small, IMAGES)
+    assert found.max_error > 1e-4
+    different = [layer.path for layer in found.layers if layer.eval_error or layer.train_error]
+    assert different[0] == first
+    assert (found.eval_error > 1e-6) == eval_differs
+    assert found.train_error > 1e-6
+    assert " of 5 layers differ:\nlayer    kind    eval" in str(found)
+    assert first in str(found)
+
+
+def test_other_shapes_and_nans_are_infinitely_far():
+    dense, small = pair()
+    small.fc.forward = lambda x: Grouped.forward(small.fc, x)[:, :9]
+    assert sgfx.verify(dense, small, IMAGES).eval_error == float("inf")
+    small.fc.forward = lambda x: Grouped.forward(small.fc, x) / 0
+    assert sgfx.verify(dense, small, IMAGES).eval_error == float("inf")
+
+
+def test_plain_data_and_text():
+    dense, small = pair(torch.float32)
+    for layer in small.modules():
+        if isinstance(layer, Grouped):
+            layer.form = "blocks"
+    found = sgfx.verify(dense, small, IMAGES.float())
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["max_error"] == found.max_error < 1e-5
+    assert len(data["layers"]) == 5
+    assert data["layers"][1]["path"] == "block.0"
+    assert str(found).startswith(f"largest error {found.max_error:.1e}: outputs {found.eval_error:.1e} in eval mode")
+
+
+def test_the_live_models_are_neither_run_nor_changed():
+    models = pair()
+    fired = []
+    for model in models:
+        model.bn1.eval()
+        model.block[0].register_forward_hook(lambda *_: fired.append(1))
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    modes = [[module.training for module in model.modules()] for model in models]
+    images, state = IMAGES.clone(), torch.get_rng_state()
+    sgfx.verify(*models, images)
+    assert fired == []
+    assert torch.equal(images, IMAGES)
+    assert torch.equal(torch.get_rng_state(), state)
+    for model, tensors, mode in zip(models, before, modes, strict=True):
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+        assert [module.training for module in model.modules()] == mode
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_detector_with_a_compiled_backbone():
+    torch.manual_seed(0)
+    dense = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).double()
+    small = copy.deepcopy(dense)
+    small.backbone = sgfx.compile(dense.backbone, groups=4, ratio=0.5)
+    images = [torch.rand(3, 64, 64, dtype=torch.float64) for _ in range(2)]
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50]]).double(), "labels": torch.tensor([1])} for _ in images]
+    found = sgfx.verify(dense, small, (images, targets))
+    assert found.max_error < 1e-10
+    assert found.gradient_error < 1e-8
+    with pytest.raises(sgfx.InputError, match=r"do not fit the model in train mode: targets should not be none"):
+        sgfx.verify(dense, small, (images,))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_scattering_by_hand(data):
+    filters, inputs, groups = (data.draw(st.integers(1, 6), label) for label in ("filters", "inputs", "groups"))
+    groups = min(groups, filters)
+    labels = [
+        *range(groups),
+        *data.draw(st.lists(st.integers(0, groups - 1), min_size=filters - groups, max_size=filters - groups)),
+    ]
+    keep = data.draw(
+        st.lists(st.lists(st.booleans(), min_size=inputs, max_size=inputs), min_size=groups, max_size=groups)
+    )
+    plan = LayerPlan(
+        "Conv2d", inputs, filters, (1, 2), torch.tensor(labels), torch.tensor(keep).view(groups, inputs), 0.0
+    )
+    rows = torch.arange(1.0, 1 + 2 * plan.connections).view(-1, 1, 2)
+    expected = torch.zeros(filters, inputs, 1, 2)
+    row = 0
+    for group in range(groups):
+        for filter_ in range(filters):
+            for channel in range(inputs):
+                if labels[filter_] == group and keep[group][channel]:
+                    expected[filter_, channel] = rows[row]
+                    row += 1
+    assert torch.equal(scatter(rows, plan), expected)
+    assert torch.equal(gather(expected, plan), rows)
+
+
+# What is refused.
+
+
+def without_a_buffer(dense, small):
+    del small.bn1._buffers["running_mean"]
+
+
+def with_a_layer_put_back(dense, small):
+    plan = sgfx.plans(small)["fc"]
+    small.fc = nn.Linear(8, 10).double()
+    small.fc._sgfx_plan = plan
+
+
+def of_another_width(dense, small):
+    dense.fc = nn.Linear(8, 11).double()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_a_buffer, "small is no compiled form of dense: 'bn1.running_mean' of dense is not in small"),
+        (with_a_layer_put_back, "small is no compiled form of dense: 'fc.weight' of dense is not in small, or differs"),
+        (of_another_width, "small is no compiled form of dense: layer 'fc' of small is not in dense, or differs"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(spoil, message):
+    dense, small = pair()
+    spoil(dense, small)
+    with pytest.raises(sgfx.InputError, match=message):
+        sgfx.verify(dense, small, IMAGES)
+
+
+def test_models_and_inputs_that_cant_be_verified_are_refused():
+    dense, small = pair()
+    with pytest.raises(sgfx.InputError, match="small has no layer plans"):
+        sgfx.verify(dense, dense, IMAGES)
+    with pytest.raises(sgfx.InputError, match=r"example_inputs .* do not fit the model in eval mode"):
+        sgfx.verify(dense, small, IMAGES[:, :2])
+    with pytest.raises(sgfx.InputError, match=r"do not fit the model in train mode: Expected more than 1 value per"):
+        sgfx.verify(dense, small, IMAGES[:1, :, :1, :1])
+    with pytest.raises(TypeError, match="example_inputs must be a tensor or a tuple"):
+        sgfx.verify(dense, small, [IMAGES])
+    pruner = sgfx.Pruner(dense, ratio=0.5, step=0.25)
+    next(iter(pruner))
+    with pytest.raises(sgfx.InputError, match=r"of small is masked, not regrouped: verify what Pruner.lower returns"):
+        sgfx.verify(dense, pruner.model, IMAGES)

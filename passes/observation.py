@@ -19,25 +19,26 @@ from passes.errors import InputError
 from passes.facts import Observation
 from passes.random_state import preserved_random_state
 from passes.shapes import without_storage
+from passes.trace import Tracing
 
 # Attributes that a regrouped layer's parameter has in common with the dense one's.
 SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
 
 
-def observe(shadows: dict[str, nn.Module], example_inputs: tuple[object, ...]) -> Observation:
-    """Run `example_inputs` through a shadow for each mode, and note how modules and parameters are used.
+def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation:
+    """Run `example_inputs` through the shadow for each mode, and note how modules and parameters are used.
 
     Raises:
-        InputError: they can't be run in eval mode.
+        InputError: they can't be run in eval mode, and it is not for want of the model's hooks.
     """
     watch = _Watch()
     failures = {}
-    for mode, shadow in shadows.items():
+    for mode, shadow in tracing.shadows.items():
         try:
             with preserved_random_state(), torch.no_grad():
                 watch.run(mode, shadow, example_inputs)
         except Exception as error:
-            if mode == "eval":
+            if mode == "eval" and not tracing.hooked:
                 raise InputError(f"example_inputs do not fit {type(shadow).__name__}: {error}") from error
             failures[mode] = f"running the example inputs in {mode} mode failed: {str(error).splitlines()[0]}"
     return Observation(watch.called, watch.foreign, frozenset(watch.strays), failures)

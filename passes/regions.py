@@ -52,7 +52,7 @@ def find_regions(
         why = error.why
     if whole is not None and not leaves:
         return Regions((whole,))
-    observation = None if example_inputs is None else observe(tracing.shadows, example_inputs)
+    observation = None if example_inputs is None else observe(tracing, example_inputs)
     parts = _parts(tracing, model, "", leaves, observation) if whole is None else (whole,)
     return Regions(tuple(parts), leaves, why, observation)
 
@@ -60,7 +60,7 @@ def find_regions(
 def _parts(
     tracing: Tracing, module: nn.Module, path: str, leaves: frozenset[str], observation: Observation | None
 ) -> Iterator[Region]:
-    if observation is None and _asks_for_parameters(type(module)):
+    if (observation is None or "eval" in observation.failures) and _asks_for_parameters(type(module)):
         return
     for name, child in module.named_children():
         below = join(path, name)

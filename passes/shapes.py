@@ -49,6 +49,12 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
+def forget_shapes(graph: fx.GraphModule) -> None:
+    """Remove the values of all nodes."""
+    for node in graph.graph.nodes:
+        node.meta.pop("val", None)
+
+
 def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> bool:
     """Note the values for `inputs` (in train mode a norm may want a batch of two of them), else for guessed ones.
 

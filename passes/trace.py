@@ -26,7 +26,7 @@ from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
 from passes.random_state import preserved_random_state
-from passes.shapes import propagate_shapes
+from passes.shapes import forget_shapes, propagate_shapes
 
 RUNNING_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -69,6 +69,8 @@ class Tracing:
 
     Attributes:
         shadows: mode to shadow.
+        hooked: paths of the modules with hooks around their forward or backward. The shadows have none, and what
+            hooks do to shapes is not known: example inputs that do not fit the shadows may fit the model.
     """
 
     def __init__(self, model: nn.Module, leaf_modules: Collection[str] = ()) -> None:
@@ -78,7 +80,7 @@ class Tracing:
                 f"{type(model).__name__}.forward was replaced on the instance; put it back before compiling"
             )
         self._leaves = frozenset(leaf_modules)
-        self._hooked = {path for path, m in model.named_modules() if any(m.__dict__.get(key) for key in RUNNING_HOOKS)}
+        self.hooked = {path for path, m in model.named_modules() if any(m.__dict__.get(key) for key in RUNNING_HOOKS)}
         self.shadows = {mode: shadow(model) for mode in _modes(model)}
         for mode, twin in self.shadows.items():
             if mode != "mixed":
@@ -88,7 +90,12 @@ class Tracing:
         """Trace the whole model; see `trace`."""
         region = self.part("", len(example_inputs or ()))
         if example_inputs is not None:
-            propagate_shapes(region.graphs["eval"], example_inputs)
+            try:
+                propagate_shapes(region.graphs["eval"], example_inputs)
+            except InputError:
+                if not self.hooked:
+                    raise
+                forget_shapes(region.graphs["eval"])
         return region
 
     def part(self, path: str, given: int) -> Region:
@@ -101,7 +108,7 @@ class Tracing:
 
     def _trace(self, path: str, mode: str, given: int) -> fx.GraphModule:
         root = self.shadows[mode].get_submodule(path)
-        tracer = _Tracer(path, self._leaves, self._hooked)
+        tracer = _Tracer(path, self._leaves, self.hooked)
         try:
             with preserved_random_state(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model

@@ -75,6 +75,11 @@ def check_model(model: nn.Module) -> None:
     """Refuse what is not a plain module with real weights."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if (cycle := _cycle(model)) is not None:
+        raise InputError(
+            f"{cycle!r} is a module that holds it itself, so that torch's own train() and state_dict() never end; "
+            "keep that reference out of the registered modules, such as in a tuple"
+        )
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         kind = type(module)
@@ -93,6 +98,26 @@ def check_model(model: nn.Module) -> None:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 _check_parameter(f"{where} ({kind.__name__})", name, tensor)
+
+
+def _cycle(model: nn.Module) -> str | None:
+    """Path at which a module is registered that holds this very place, or None."""
+    done: set[nn.Module] = set()
+    above = {model: ""}  # the holders, from the outside in
+    pending = [iter(model.named_children())]
+    while pending:
+        name, child = next(pending[-1], ("", None))
+        holder = next(reversed(above))
+        if child is None:
+            done.add(holder)
+            del above[holder]
+            pending.pop()
+        elif child in above:
+            return f"{above[holder]}.{name}".lstrip(".")
+        elif child not in done:
+            above[child] = f"{above[holder]}.{name}".lstrip(".")
+            pending.append(iter(child.named_children()))
+    return None
 
 
 def _check_parameter(where: str, name: str, tensor: Tensor) -> None:

@@ -114,6 +114,8 @@ def _detector(name: str) -> Case:
     options: dict[str, Any] = {"weights_backbone": None}
     if not name.startswith("ssd"):
         options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:  # proposals, which a second stage examines one by one
+        options |= {"rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60, "box_batch_size_per_image": 16}
     build = partial(_built, name, torch.float64, **options)
     taps = tuple(path for path, _ in build().named_modules() if path in HEADS)
     return Case(name, "detection", build, (images,), (images, targets), taps)
@@ -144,7 +146,7 @@ def _scenes() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         box = torch.tensor([[left, 16.0, left + 48, 72.0]], dtype=torch.float64)
         mask = torch.zeros(1, 96, 128, dtype=torch.uint8)
         mask[:, 20:60, int(left) : int(left) + 40] = 1
-        keypoints = torch.tensor([[[left + 3.0 * k, 20.0 + 2 * k, 1.0] for k in range(17)]], dtype=torch.float64)
+        keypoints = torch.tensor([[[left + 3.0 * k, 20.0 + 2 * k, 1.0] for k in range(17)]])
         targets.append({"boxes": box, "labels": torch.tensor([1]), "masks": mask, "keypoints": keypoints})
     return images, targets
 

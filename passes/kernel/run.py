@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from passes.kernel import threads
 from passes.kernel.activations import activation
 from passes.kernel.call import Call
 from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
-from passes.kernel.library import library
+from passes.kernel.library import Library, library
 from passes.kernel.packing import Tables
 from passes.kernel.schedule import Job, Schedule, Tiling, schedule
 from passes.kernel.target import MOST_FILTERS, Target, host
@@ -30,6 +30,38 @@ class Placement:
     reads: Margins = NO_MARGINS
     adds: Margins = NO_MARGINS
     writes: Margins = NO_MARGINS
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a layer is computed, apart from its weights.
+
+    Attributes:
+        geometry: kernel, stride, padding, dilation, channels.
+        activation: name of the activation, or None.
+        placement: the margins of input, residual and result.
+        tiling: how the work is cut.
+        target: micro-kernels to use instead of the machine's own, or None (for tests).
+    """
+
+    geometry: Geometry
+    activation: str | None = None
+    placement: Placement = Placement()
+    tiling: Tiling = Tiling()
+    target: Target | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A form for inputs of one shape: all that a call needs besides its tensors."""
+
+    schedule: Schedule
+    template: Call
+    out_shape: tuple[int, ...]
+    residual_shape: tuple[int, ...] | None
+    reads_from: int  # numbers between the start of the input and the first pixel of its picture
+    adds_from: int
+    library: Library  # keeps the code alive
 
 
 @cache
@@ -54,98 +86,85 @@ def prepare(target: Target | None = None) -> Target:
     return found
 
 
-def output_shape(x: Tensor, geometry: Geometry, placement: Placement) -> tuple[Any, Any, Any, Any]:
-    """Shape of the result for an input ``[N, C, H, W]``, margins included."""
-    reads, writes = placement.reads, placement.writes
-    height, width = reads.picture_size(x.shape)
-    rows, columns = geometry.output_size(height, width)
-    return x.shape[0], geometry.out_channels, writes.top + rows + writes.bottom, columns + writes.right
+def output_shape(shape: Any, form: Form, margins: Margins) -> tuple[Any, Any, Any, Any]:
+    """Shape of a result in `margins` for an input of `shape`, ``[N, C, H, W]`` with the margins that the form reads."""
+    rows, columns = form.geometry.output_size(*form.placement.reads.picture_size(shape))
+    return shape[0], form.geometry.out_channels, margins.top + rows + margins.bottom, columns + margins.right
 
 
-def convolve(
-    x: Tensor,
-    residual: Tensor | None,
-    tables: Tables,
-    geometry: Geometry,
-    *,
-    function: str | None = None,
-    placement: Placement = Placement(),  # noqa: B008  (frozen)
-    tiling: Tiling = Tiling(),  # noqa: B008  (frozen)
-    target: Target | None = None,
-) -> Tensor:
-    """Compute ``function(layer(x) + residual)``.
+@lru_cache(maxsize=4096)
+def plan(form: Form, shape: tuple[int, ...], has_residual: bool, pieces: int, team: int) -> Plan:
+    """Plan the calls of a form for inputs of `shape`, with `pieces` pieces of blocks, on `team` threads."""
+    geometry, placement = form.geometry, form.placement
+    if len(shape) != 4 or shape[1] != geometry.in_channels:
+        raise InputError(f"the layer reads [N, {geometry.in_channels}, H, W], not {list(shape)}")
+    target = prepare(form.target)
+    height, width = placement.reads.picture_size(shape)
+    adds = placement.adds if has_residual else None
+    found = schedule(
+        Job(geometry, form.tiling, shape[0], height, width, placement.reads, adds, placement.writes,
+            pieces, target.lanes, team)
+    )  # fmt: skip
+    kernels, call = library(target), Call.from_buffer_copy(found.template)
+    call.kernels, call.iota, call.block_count = ctypes.addressof(kernels.addresses), ctypes.addressof(_IOTA), pieces
+    does = activation(form.activation)
+    call.code, call.low, call.high = does.code, does.low, does.high
+    call.out_image = geometry.out_channels * call.out_channel
+    call.residual_image = geometry.out_channels * call.residual_channel
+    call.picture_image = geometry.in_channels * call.picture_channel
+    return Plan(
+        schedule=found,
+        template=call,
+        out_shape=output_shape(shape, form, placement.writes),
+        residual_shape=output_shape(shape, form, placement.adds) if has_residual else None,
+        reads_from=placement.reads.top * call.picture_row,
+        adds_from=placement.adds.top * call.residual_row,
+        library=kernels,
+    )
+
+
+def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> Tensor:
+    """Compute ``activation(layer(x) + residual)``.
 
     Args:
-        x: fp32 ``[N, C_in, H, W]`` on the CPU, in its margins; copied if it is not contiguous.
-        residual: what to add, of the result's size in its own margins, or None.
+        plan: for an input of this shape.
+        x: fp32 ``[N, C_in, H, W]`` on the CPU, margins included; copied if it is not contiguous.
+        residual: what to add, margins included, or None.
         tables: the packed layer.
-        geometry: its geometry.
-        function: name of the activation, or None.
-        placement: the margins of input, residual and result.
-        tiling: how to cut the work.
-        target: micro-kernels to use instead of the machine's own (for tests).
 
     Returns:
-        fp32 ``[N, C_out, H', W']`` in its margins, which are zero.
+        fp32 ``[N, C_out, H', W']``, margins included.
     """
-    _check(x, residual, geometry, placement)
-    used = prepare(target)
-    shape = output_shape(x, geometry, placement)
-    height, width = placement.reads.picture_size(x.shape)
-    adds = None if residual is None else placement.adds
-    plan = schedule(
-        Job(geometry, tiling, shape[0], height, width, placement.reads, adds, placement.writes,
-            len(tables.blocks) - 1, used.lanes, threads.available())
-    )  # fmt: skip
-    out = torch.empty(shape)
+    _check(plan, x, residual, tables)
+    out, found = torch.empty(plan.out_shape), plan.schedule
     if out.numel() == 0:
         return out
-    _execute(plan, x.contiguous(), None if residual is None else residual.contiguous(), tables, out, used, function, placement)
+    x = x.contiguous()
+    call = Call.from_buffer_copy(plan.template)
+    call.address = address = ctypes.addressof(call)
+    call.weight, call.bias = tables.weight.data_ptr(), tables.bias.data_ptr()
+    call.inputs, call.filters, call.blocks = tables.inputs.data_ptr(), tables.filters.data_ptr(), tables.blocks.data_ptr()
+    call.out = out.data_ptr() + 4 * call.out_top * call.out_row
+    call.x = x.data_ptr()
+    if residual is not None:
+        residual = residual.contiguous()
+        call.residual = residual.data_ptr() + 4 * plan.adds_from
+    if found.tiles:
+        tiles = torch.empty(found.tiles)
+        call.tiles = tiles.data_ptr()
+    copy, copy_address, multiply, multiply_address = _compiled()
+    if found.copied:
+        planes = torch.empty(found.copied)
+        call.picture, call.planes, call.x = call.x + 4 * plan.reads_from, planes.data_ptr(), planes.data_ptr()
+        threads.run(copy, copy_address, address, min(found.threads, call.images * call.channels))
+        call.next_task = call.next_slot = 0
+    threads.run(multiply, multiply_address, address, found.threads)
     return out
 
 
-def _execute(
-    plan: Schedule,
-    x: Tensor,
-    residual: Tensor | None,
-    tables: Tables,
-    out: Tensor,
-    target: Target,
-    function: str | None,
-    placement: Placement,
-) -> None:
-    copy, copy_address, multiply, multiply_address = _compiled()
-    call = Call.from_buffer_copy(plan.template)
-    call.address = address = ctypes.addressof(call)
-    call.kernels, call.iota = ctypes.addressof(library(target).addresses), ctypes.addressof(_IOTA)
-    call.weight, call.bias, call.block_count = tables.weight.data_ptr(), tables.bias.data_ptr(), len(tables.blocks) - 1
-    call.inputs, call.filters, call.blocks = (t.data_ptr() for t in (tables.inputs, tables.filters, tables.blocks))
-    does = activation(function)
-    call.code, call.low, call.high = does.code, does.low, does.high
-    call.out_image = out.stride(0)
-    call.out = out.data_ptr() + 4 * call.out_top * call.out_row
-    if residual is not None:
-        call.residual_image = residual.stride(0)
-        call.residual = residual.data_ptr() + 4 * placement.adds.top * call.residual_row
-    tiles = torch.empty(plan.tiles)
-    call.tiles, call.x = tiles.data_ptr(), x.data_ptr()
-    if plan.copied:
-        planes = torch.empty(plan.copied)
-        call.picture, call.picture_image = x.data_ptr() + 4 * placement.reads.top * call.picture_row, x.stride(0)
-        call.planes = call.x = planes.data_ptr()
-        threads.run(copy, copy_address, address, min(plan.threads, call.images * call.channels))
-        call.next_task = call.next_slot = 0
-    threads.run(multiply, multiply_address, address, plan.threads)
-
-
-def _check(x: Tensor, residual: Tensor | None, geometry: Geometry, placement: Placement) -> None:
-    if x.dim() != 4 or x.shape[1] != geometry.in_channels:
-        raise InputError(f"the layer reads [N, {geometry.in_channels}, H, W], not {list(x.shape)}")
-    for name, tensor in (("input", x), ("residual", residual)):
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+def _check(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> None:
+    for name, tensor in (("input", x), ("residual", residual), ("weight", tables.weight)):
+        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
             raise InputError(f"the kernel computes fp32 on the CPU; the {name} is {tensor.dtype} on {tensor.device}")
-    if residual is None:
-        return
-    expected = output_shape(x, geometry, Placement(placement.reads, writes=placement.adds))
-    if residual.shape != expected:
-        raise InputError(f"the residual must be {list(expected)}, not {list(residual.shape)}")
+    if residual is not None and residual.shape != plan.residual_shape:
+        raise InputError(f"the residual must be {list(plan.residual_shape or ())}, not {list(residual.shape)}")

@@ -1,0 +1,181 @@
+"""Packed layers: what `freeze` puts in the place of a layer that the kernel computes best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from passes.errors import InputError
+from passes.kernel import ops, threads
+from passes.kernel.activations import activation as known_activation
+from passes.kernel.geometry import Geometry
+from passes.kernel.packing import Block, Tables, layer_blocks, pack
+from passes.kernel.run import Form, Placement, Plan, execute, plan, prepare
+from passes.kernel.schedule import Tiling
+
+
+class PackedConv2d(nn.Module):
+    """A convolution for inference: constant packed weights, a fused residual sum and activation, margins if wanted."""
+
+    weight: Tensor
+    bias: Tensor
+    inputs: Tensor
+    filters: Tensor
+    blocks: Tensor
+
+    def __init__(self, tables: Tables, form: Form) -> None:
+        """Hold the tables as buffers; see `pack_conv2d` and `pack_layer`."""
+        super().__init__()
+        for name, tensor in tables._asdict().items():
+            self.register_buffer(name, tensor)
+        self.form = form
+
+    @property
+    def form(self) -> Form:
+        """How the layer is computed; assign another one to change the tiling or the placement."""
+        return self._form
+
+    @form.setter
+    def form(self, form: Form) -> None:
+        self._form = form
+        self._plans: dict[Any, Plan] = {}
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute ``activation(conv(input) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
+        if input.requires_grad and torch.is_grad_enabled():
+            raise InputError("a packed layer is for inference: it has no gradient. Call it under torch.no_grad()")
+        if type(input) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return ops.conv2d(input, residual, self._tables(), self.form)
+        team = threads.available()
+        key = (input.shape, residual is None, team)
+        found = self._plans.get(key)
+        if found is None:
+            found = plan(self._form, tuple(input.shape), residual is not None, len(self.blocks) - 1, team)
+            self._plans[key] = found
+        return execute(found, input, residual, self._tables())
+
+    def _tables(self) -> Tables:
+        return Tables(**self._buffers)  # type: ignore[arg-type]  # registered from just these fields
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans hold addresses of this process."""
+        return {**self.__dict__, "_plans": {}}
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
+        geometry = self.form.geometry
+        return (
+            f"{geometry.in_channels}, {geometry.out_channels}, kernel_size={geometry.kernel_size}, "
+            f"stride={geometry.stride}, padding={geometry.padding}, dilation={geometry.dilation}, "
+            f"activation={self.form.activation!r}, pieces={len(self.blocks) - 1}"
+        )
+
+
+class PackedLinear(PackedConv2d):
+    """A linear layer for inference: the convolution of pictures of one pixel."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute ``activation(linear(input) + residual)``: fp32 ``[…, C_in]`` to ``[…, C_out]``."""
+        pictures = input.reshape(-1, input.shape[-1], 1, 1) if input.numel() else input.new_empty(0, input.shape[-1], 1, 1)
+        geometry = self.form.geometry
+        more = None if residual is None else residual.reshape(-1, geometry.out_channels, 1, 1)
+        return super().forward(pictures, more).reshape(*input.shape[:-1], geometry.out_channels)
+
+
+def pack_conv2d(
+    blocks: Sequence[Block],
+    geometry: Geometry,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  (frozen)
+    tiling: Tiling = Tiling(),  # noqa: B008  (frozen)
+) -> PackedConv2d:
+    """Pack blocks of filters into a layer for inference. Compiles the kernel if this machine has not done so yet.
+
+    Args:
+        blocks: the filters, with what they read; filters in none of them yield their bias alone.
+        geometry: kernel, stride, padding, dilation, channels.
+        bias: fp32 ``[out_channels]``, or None.
+        activation: name of the activation, or None.
+        placement: the margins of input, residual and result.
+        tiling: how the work is cut.
+    """
+    return PackedConv2d(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
+
+
+def pack_layer(
+    layer: nn.Module,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    placement: Placement = Placement(),  # noqa: B008  (frozen)
+    tiling: Tiling = Tiling(),  # noqa: B008  (frozen)
+) -> PackedConv2d:
+    """Pack a dense, depthwise or regrouped ``Conv2d`` or ``Linear``, with a batch norm folded in.
+
+    Args:
+        layer: the layer; the result shares nothing with it.
+        scale: ``[out_channels]``, what each filter is multiplied by, or None.
+        shift: ``[out_channels]``, what is added to each filter after that, or None.
+        activation: name of the activation, or None.
+        placement: the margins of input, residual and result.
+        tiling: how the work is cut.
+
+    Returns:
+        A `PackedLinear` for linear layers, else a `PackedConv2d`.
+    """
+    blocks, bias = layer_blocks(layer), layer.bias
+    geometry = layer_geometry(layer)
+    if scale is not None:
+        blocks = [Block(b.filters, b.inputs, b.weight * scale[b.filters][:, None, None, None]) for b in blocks]
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    kind = PackedConv2d if isinstance(getattr(layer, "kernel_size", None), tuple) else PackedLinear
+    return kind(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
+
+
+def layer_geometry(layer: Any) -> Geometry:
+    """Geometry of a dense or regrouped ``Conv2d`` or ``Linear``."""
+    if not hasattr(layer, "kernel_size"):
+        return Geometry(layer.out_features, layer.in_features)
+    if layer.padding_mode != "zeros":
+        raise InputError(f"the kernel pads with zeros, not with padding_mode={layer.padding_mode!r}")
+    left, right, top, bottom = _pad(layer)
+    return Geometry(
+        layer.out_channels, layer.in_channels, layer.kernel_size, layer.stride, (top, bottom, left, right), layer.dilation
+    )
+
+
+def _pad(layer: Any) -> tuple[int, int, int, int]:
+    """Padding at the left, right, top and bottom; ``"same"`` puts the odd pixel at the end."""
+    if isinstance(layer.padding, str):
+        reach = [(size - 1) * far for size, far in zip(layer.kernel_size, layer.dilation, strict=True)]
+        reach = [0, 0] if layer.padding == "valid" else reach
+        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
+    return layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]
+
+
+def _packed(blocks: Sequence[Block], bias: Tensor | None, form: Form) -> tuple[Tables, Form]:
+    known_activation(form.activation)
+    target = prepare(form.target)
+    return pack(blocks, bias, form.geometry, target.most_filters), form
+
+
+def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:
+    """Tilings worth timing for inputs of `shape`: those that cut the work differently."""
+    strips = (14, 28, 7)
+    found: dict[tuple[int, int], Tiling] = {}
+    for strip in strips:
+        for tasks in (4, 2):
+            tiling = Tiling(strip, tasks)
+            form = Form(packed.form.geometry, packed.form.activation, packed.form.placement, tiling, packed.form.target)
+            call = plan(form, tuple(shape), False, len(packed.blocks) - 1, threads.available()).template
+            found.setdefault((call.strips, call.chunks), tiling)
+    return list(found.values())

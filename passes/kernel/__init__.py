@@ -1,1 +1,47 @@
-"""The CPU kernel."""
+"""The CPU kernel: a GEMM that reads rows of pixels through offsets, for grouped, dense and depthwise layers.
+
+One row of a result (a filter's picture) is a weighted sum of rows of the input. A row is contiguous, so gathering the
+inputs of a group is a table of channel numbers and a kernel's taps are offsets into a picture with margins: nothing is
+copied, and the permutations of eq. 17 are address arithmetic. The parts, in the order in which data flows:
+
+| file | what it does |
+|---|---|
+| `geometry` | kernel, stride, padding, dilation; the margins around a picture |
+| `packing` | from a layer to tables: pure tensor functions |
+| `schedule` | for one input size: what is copied, which pixels, how the work is cut: pure integers |
+| `target`, `activations`, `emission` | micro-kernels as LLVM IR for this machine's vectors |
+| `library`, `cache` | the same compiled, and kept on disk |
+| `call`, `driver`, `threads` | the compiled loops, and torch's own threads to run them |
+| `run`, `ops`, `module` | one call; the same as an operation of torch; the layer that calls it |
+
+`supported` says whether this machine can run it. `pack_layer` and `pack_conv2d` compile what is needed, so that no
+request has to wait for it. numba and llvmlite are imported when that happens.
+"""
+
+from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
+from passes.kernel.module import PackedConv2d, PackedLinear, layer_geometry, pack_conv2d, pack_layer, tilings
+from passes.kernel.packing import Block, layer_blocks
+from passes.kernel.run import Form, Placement, prepare
+from passes.kernel.schedule import Tiling
+from passes.kernel.target import Target, host, supported
+
+__all__ = [
+    "NO_MARGINS",
+    "Block",
+    "Form",
+    "Geometry",
+    "Margins",
+    "PackedConv2d",
+    "PackedLinear",
+    "Placement",
+    "Target",
+    "Tiling",
+    "host",
+    "layer_blocks",
+    "layer_geometry",
+    "pack_conv2d",
+    "pack_layer",
+    "prepare",
+    "supported",
+    "tilings",
+]

@@ -1,19 +1,18 @@
 """Activations that a micro-kernel applies to its accumulators before it stores them.
 
-Two kinds. A *clamp* to ``[low, high]`` costs two instructions, so every micro-kernel always does it; the identity and the
-ReLUs are clamps. The others have a code and are emitted here, once per micro-kernel, in a rolled loop. To add one, give it
-a name and a code in `ACTIVATIONS` and its formula in `emit`.
+Two kinds. A *clamp* to ``[low, high]`` costs two instructions, so every micro-kernel always does it; the identity and
+the ReLUs are clamps. The others have a code and are emitted here, once per micro-kernel, in a rolled loop. To add one,
+give it a name and a code in `ACTIVATIONS` and its formula in `emit`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from passes.errors import InputError
 
-Name = Literal["relu", "relu6", "hardswish", "silu"]
 _CLAMP, _HARDSWISH, _SILU = range(3)
 
 

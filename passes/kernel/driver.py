@@ -1,7 +1,7 @@
 """The compiled loops around the micro-kernels: copy the planes if needed, then strips of pixels × blocks of filters.
 
-Every thread of a call runs the same function on the same `Call` and takes tasks off a shared counter until none is left,
-so a thread that is held up holds up nobody, and one thread alone does all the work.
+Every thread of a call runs the same function on the same `Call` and takes tasks off a shared counter until none is
+left, so a thread that is held up holds up nobody, and one thread alone does all the work.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ group and ``rows`` puts its filters in place, so both permutations of eq. 17 are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
 from passes.kernel import activations
-from passes.kernel.target import Target
+from passes.kernel.target import MOST_FILTERS, Target
 
 _F32, _I32, _I64, _POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
 
@@ -54,7 +54,7 @@ def symbol(filters: int, vectors: int) -> str:
 def module_ir(target: Target) -> str:
     """LLVM IR of every micro-kernel of a target, as text."""
     module = ir.Module("sgfx")
-    for filters in range(1, target.most_filters + 1):
+    for filters in range(1, MOST_FILTERS + 1):
         for vectors in range(1, target.most_vectors(filters) + 1):
             _MicroKernel(module, target.lanes, filters, vectors).emit()
     return str(module)
@@ -139,9 +139,8 @@ class _MicroKernel:
         low, high = self._splat(self.arg["low"]), self._splat(self.arg["high"])
         for m in range(self.filters):
             out, more = self._row("out", _I64(m)), self._row("residual", _I64(m)) if residual else None
-            for at, value in zip(self.at, sums[m], strict=True):
-                if residual:
-                    value = self.b.fadd(value, self._load(more, at, self.vector))
+            for at, total in zip(self.at, sums[m], strict=True):
+                value = self.b.fadd(total, self._load(more, at, self.vector)) if residual else total
                 self._store(activations.clamp(self.b, value, low, high), out, at)
 
     def _store_activated(self, sums: list[list[Any]]) -> None:
@@ -226,5 +225,3 @@ def _join(phis: list[Any], block: Any, values: list[Any]) -> None:
     """Give each phi its value where control comes from `block`."""
     for phi, value in zip(phis, values, strict=True):
         phi.add_incoming(value, block)
-
-

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,7 +38,7 @@ class Margins:
         height, width = self.picture_size(plane.shape)
         return plane[..., self.top : self.top + height, :width]
 
-    def picture_size(self, shape: torch.Size) -> tuple[int, int]:
+    def picture_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of the picture in a tensor of `shape` with these margins."""
         return shape[-2] - self.top - self.bottom, shape[-1] - self.right
 
@@ -95,4 +95,6 @@ class Geometry:
     def taps(self) -> list[tuple[int, int]]:
         """For each weight of a connection, how far down and right of the output's corner it reads."""
         down, right = self.dilation
-        return [(row * down, column * right) for row in range(self.kernel_size[0]) for column in range(self.kernel_size[1])]
+        return [
+            (row * down, column * right) for row in range(self.kernel_size[0]) for column in range(self.kernel_size[1])
+        ]

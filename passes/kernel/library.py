@@ -23,8 +23,8 @@ class Library:
 
     Attributes:
         target: what they were compiled for.
-        addresses: int64 ``[(MOST_FILTERS + 1) · TABLE_WIDTH]``: entry ``filters · TABLE_WIDTH + vectors`` is the address
-            of that micro-kernel; entry ``filters · TABLE_WIDTH`` is the largest number of vectors.
+        addresses: int64 ``[(MOST_FILTERS + 1) · TABLE_WIDTH]``: entry ``filters · TABLE_WIDTH + vectors`` is the
+            address of that micro-kernel; entry ``filters · TABLE_WIDTH`` is the largest number of vectors.
         engine: keeps the code alive.
     """
 
@@ -76,7 +76,7 @@ def _table(target: Target, engine: Any) -> ctypes.Array[ctypes.c_int64]:
     from passes.kernel.emission import symbol
 
     table = (ctypes.c_int64 * ((MOST_FILTERS + 1) * TABLE_WIDTH))()
-    for filters in range(1, target.most_filters + 1):
+    for filters in range(1, MOST_FILTERS + 1):
         table[filters * TABLE_WIDTH] = target.most_vectors(filters)
         for vectors in range(1, target.most_vectors(filters) + 1):
             address = engine.get_function_address(symbol(filters, vectors))

@@ -14,8 +14,8 @@ from passes.kernel import ops, threads
 from passes.kernel.activations import activation as known_activation
 from passes.kernel.geometry import Geometry
 from passes.kernel.packing import Block, Tables, layer_blocks, pack
-from passes.kernel.run import Form, Placement, Plan, execute, plan, prepare
-from passes.kernel.schedule import Tiling
+from passes.kernel.run import NO_PLACEMENT, Form, Placement, Plan, execute, plan, prepare
+from passes.kernel.schedule import DEFAULT_TILING, Tiling
 
 
 class PackedConv2d(nn.Module):
@@ -44,19 +44,19 @@ class PackedConv2d(nn.Module):
         self._form = form
         self._plans: dict[Any, Plan] = {}
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute ``activation(conv(input) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
-        if input.requires_grad and torch.is_grad_enabled():
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute ``activation(conv(x) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
+        if x.requires_grad and torch.is_grad_enabled():
             raise InputError("a packed layer is for inference: it has no gradient. Call it under torch.no_grad()")
-        if type(input) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return ops.conv2d(input, residual, self._tables(), self.form)
+        if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return ops.conv2d(x, residual, self._tables(), self.form)
         team = threads.available()
-        key = (input.shape, residual is None, team)
+        key = (x.shape, residual is None, team)
         found = self._plans.get(key)
         if found is None:
-            found = plan(self._form, tuple(input.shape), residual is not None, len(self.blocks) - 1, team)
+            found = plan(self._form, tuple(x.shape), residual is not None, len(self.blocks) - 1, team)
             self._plans[key] = found
-        return execute(found, input, residual, self._tables())
+        return execute(found, x, residual, self._tables())
 
     def _tables(self) -> Tables:
         return Tables(**self._buffers)  # type: ignore[arg-type]  # registered from just these fields
@@ -78,12 +78,12 @@ class PackedConv2d(nn.Module):
 class PackedLinear(PackedConv2d):
     """A linear layer for inference: the convolution of pictures of one pixel."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute ``activation(linear(input) + residual)``: fp32 ``[…, C_in]`` to ``[…, C_out]``."""
-        pictures = input.reshape(-1, input.shape[-1], 1, 1) if input.numel() else input.new_empty(0, input.shape[-1], 1, 1)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute ``activation(linear(x) + residual)``: fp32 ``[…, C_in]`` to ``[…, C_out]``."""
+        pictures = x.reshape(-1, x.shape[-1], 1, 1) if x.numel() else x.new_empty(0, x.shape[-1], 1, 1)
         geometry = self.form.geometry
         more = None if residual is None else residual.reshape(-1, geometry.out_channels, 1, 1)
-        return super().forward(pictures, more).reshape(*input.shape[:-1], geometry.out_channels)
+        return super().forward(pictures, more).reshape(*x.shape[:-1], geometry.out_channels)
 
 
 def pack_conv2d(
@@ -92,8 +92,8 @@ def pack_conv2d(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
-    placement: Placement = Placement(),  # noqa: B008  (frozen)
-    tiling: Tiling = Tiling(),  # noqa: B008  (frozen)
+    placement: Placement = NO_PLACEMENT,
+    tiling: Tiling = DEFAULT_TILING,
 ) -> PackedConv2d:
     """Pack blocks of filters into a layer for inference. Compiles the kernel if this machine has not done so yet.
 
@@ -102,7 +102,7 @@ def pack_conv2d(
         geometry: kernel, stride, padding, dilation, channels.
         bias: fp32 ``[out_channels]``, or None.
         activation: name of the activation, or None.
-        placement: the margins of input, residual and result.
+        placement: the margins of x, residual and result.
         tiling: how the work is cut.
     """
     return PackedConv2d(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
@@ -114,8 +114,8 @@ def pack_layer(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str | None = None,
-    placement: Placement = Placement(),  # noqa: B008  (frozen)
-    tiling: Tiling = Tiling(),  # noqa: B008  (frozen)
+    placement: Placement = NO_PLACEMENT,
+    tiling: Tiling = DEFAULT_TILING,
 ) -> PackedConv2d:
     """Pack a dense, depthwise or regrouped ``Conv2d`` or ``Linear``, with a batch norm folded in.
 
@@ -124,19 +124,19 @@ def pack_layer(
         scale: ``[out_channels]``, what each filter is multiplied by, or None.
         shift: ``[out_channels]``, what is added to each filter after that, or None.
         activation: name of the activation, or None.
-        placement: the margins of input, residual and result.
+        placement: the margins of x, residual and result.
         tiling: how the work is cut.
 
     Returns:
         A `PackedLinear` for linear layers, else a `PackedConv2d`.
     """
-    blocks, bias = layer_blocks(layer), layer.bias
-    geometry = layer_geometry(layer)
+    blocks, geometry = layer_blocks(layer), layer_geometry(layer)
+    bias: Any = layer.bias
     if scale is not None:
-        blocks = [Block(b.filters, b.inputs, b.weight * scale[b.filters][:, None, None, None]) for b in blocks]
-        bias = None if bias is None else bias * scale
+        blocks = [Block(b.filters, b.inputs, b.weight * scale.detach()[b.filters][:, None, None, None]) for b in blocks]
+        bias = None if bias is None else bias.detach() * scale.detach()
     if shift is not None:
-        bias = shift if bias is None else bias + shift
+        bias = shift.detach() if bias is None else bias.detach() + shift.detach()
     kind = PackedConv2d if isinstance(getattr(layer, "kernel_size", None), tuple) else PackedLinear
     return kind(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
 
@@ -149,7 +149,12 @@ def layer_geometry(layer: Any) -> Geometry:
         raise InputError(f"the kernel pads with zeros, not with padding_mode={layer.padding_mode!r}")
     left, right, top, bottom = _pad(layer)
     return Geometry(
-        layer.out_channels, layer.in_channels, layer.kernel_size, layer.stride, (top, bottom, left, right), layer.dilation
+        layer.out_channels,
+        layer.in_channels,
+        layer.kernel_size,
+        layer.stride,
+        (top, bottom, left, right),
+        layer.dilation,
     )
 
 

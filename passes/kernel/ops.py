@@ -1,4 +1,4 @@
-"""The kernel as an operation of torch, ``torch.ops.sgfx.conv2d``, so that `torch.compile` and `torch.export` pass through.
+"""The kernel as an operation of torch, ``torch.ops.sgfx.conv2d``: `torch.compile` and `torch.export` pass through it.
 
 It takes everything as tensors and integers: a graph that holds it needs nothing but this package. Registering a formula
 for the shape (a *fake* kernel) is all that tracing asks for.
@@ -15,15 +15,15 @@ from passes.kernel.packing import Tables
 from passes.kernel.run import Form, Placement, execute, output_shape, plan
 from passes.kernel.schedule import Tiling
 
-_library = torch.library.Library("sgfx", "DEF")
-_library.define(
-    "conv2d(Tensor input, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor filters, Tensor blocks, "
+_library = torch.library.Library("sgfx", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "conv2d(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor filters, Tensor blocks, "
     "int[] geometry, str activation, int[] margins, int[] tiling) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def conv2d(input: Tensor, residual: Tensor | None, tables: Tables, form: Form) -> Tensor:
+def conv2d(x: Tensor, residual: Tensor | None, tables: Tables, form: Form) -> Tensor:
     """Call the operation with a layer's tables and form."""
     geometry, placement = form.geometry, form.placement
     numbers = [
@@ -31,10 +31,12 @@ def conv2d(input: Tensor, residual: Tensor | None, tables: Tables, form: Form) -
         *geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation,
     ]  # fmt: skip
     margins = [
-        number for each in (placement.reads, placement.adds, placement.writes) for number in (each.top, each.bottom, each.right)
+        number
+        for each in (placement.reads, placement.adds, placement.writes)
+        for number in (each.top, each.bottom, each.right)
     ]
     result: Tensor = torch.ops.sgfx.conv2d(
-        input, residual, tables.weight, tables.bias, tables.inputs, tables.filters, tables.blocks,
+        x, residual, tables.weight, tables.bias, tables.inputs, tables.filters, tables.blocks,
         numbers, form.activation or "", margins, [form.tiling.strip, form.tiling.tasks],
     )  # fmt: skip
     return result
@@ -52,18 +54,20 @@ def _form(geometry: list[int], activation: str, margins: list[int], tiling: list
 
 @torch.library.impl(_library, "conv2d", "CPU")
 def _conv2d(
-    input: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    x: Tensor, residual: Tensor | None,
+    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
     geometry: list[int], activation: str, margins: list[int], tiling: list[int],
 ) -> Tensor:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    found = plan(form, tuple(input.shape), residual is not None, len(blocks) - 1, threads.available())
-    return execute(found, input, residual, Tables(weight, bias, inputs, filters, blocks))
+    found = plan(form, tuple(x.shape), residual is not None, len(blocks) - 1, threads.available())
+    return execute(found, x, residual, Tables(weight, bias, inputs, filters, blocks))
 
 
-@torch.library.register_fake("sgfx::conv2d", lib=_library)
+@torch.library.register_fake("sgfx::conv2d", lib=_library)  # type: ignore[untyped-decorator]
 def _conv2d_fake(
-    input: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    x: Tensor, residual: Tensor | None,
+    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
     geometry: list[int], activation: str, margins: list[int], tiling: list[int],
 ) -> Tensor:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    return input.new_empty(output_shape(input.shape, form, form.placement.writes))
+    return x.new_empty(output_shape(x.shape, form, form.placement.writes))

@@ -1,8 +1,8 @@
 """From a layer's weight to the tables the kernel reads: pure tensor functions, independent of the picture's size.
 
 A layer is a list of `Block`: filters that read the same inputs. A dense layer is one block, a grouped layer has one per
-group, a depthwise one has a block per channel. The kernel computes up to `most_filters` filters at once, so blocks are cut
-into pieces of nearly equal size; pieces of a block share its inputs.
+group, a depthwise one has a block per channel. The kernel computes up to `most_filters` filters at once, so blocks are
+cut into pieces of nearly equal size; pieces of a block share its inputs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def layer_blocks(layer: nn.Module) -> list[Block]:
     if isinstance(layer, GroupedConv2d | GroupedLinear):
         return _regrouped_blocks(layer)
     if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise InputError(f"the kernel computes Conv2d and Linear layers, dense or regrouped, not {type(layer).__name__}")
+        raise InputError(
+            f"the kernel computes Conv2d and Linear layers, dense or regrouped, not {type(layer).__name__}"
+        )
     weight = layer.weight.detach()
     weight = weight.flatten(1)[:, :, None, None] if isinstance(layer, nn.Linear) else weight
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
@@ -72,15 +74,12 @@ def layer_blocks(layer: nn.Module) -> list[Block]:
 
 
 def _regrouped_blocks(layer: Grouped) -> list[Block]:
+    kernel: Sequence[int] = layer.weight.shape[1:] if isinstance(layer, GroupedConv2d) else (1, 1)
     sizes: list[list[int]] = layer.block_sizes.tolist()
-    kernel = layer.weight.shape[1:]
-    kernel = kernel if len(kernel) == 2 else (1, 1)
-    filters = layer.filters.split([size[0] for size in sizes])
-    inputs = layer.inputs.split([size[1] for size in sizes])
-    weights = layer.weight.detach().split([size[0] * size[1] for size in sizes])
-    return [
-        Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)
-    ]
+    filters = torch.split(layer.filters, [size[0] for size in sizes])
+    inputs = torch.split(layer.inputs, [size[1] for size in sizes])
+    weights = torch.split(layer.weight.detach(), [size[0] * size[1] for size in sizes])
+    return [Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)]
 
 
 def pack(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry, most_filters: int) -> Tables:
@@ -134,11 +133,15 @@ def _check(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry) -> 
         if block.weight.shape != expected:
             raise InputError(f"the weight of block {index} must be {list(expected)}, not {list(block.weight.shape)}")
         if block.weight.dtype != torch.float32:
-            raise InputError(f"the kernel computes in fp32, block {index} has {block.weight.dtype} weights: call .float()")
+            raise InputError(
+                f"the kernel computes in fp32, block {index} has {block.weight.dtype} weights: call .float()"
+            )
         if len(block.inputs) and not 0 <= int(block.inputs.min()) <= int(block.inputs.max()) < geometry.in_channels:
             raise InputError(f"block {index} reads inputs outside 0 … {geometry.in_channels - 1}")
     filters = torch.cat([block.filters for block in blocks]) if blocks else torch.empty(0, dtype=torch.int64)
     if not torch.equal(filters.sort().values, torch.arange(geometry.out_channels)):
-        raise InputError(f"every filter of 0 … {geometry.out_channels - 1} must be in one block, found {filters.tolist()}")
+        raise InputError(
+            f"every filter of 0 … {geometry.out_channels - 1} must be in one block, found {filters.tolist()}"
+        )
     if bias is not None and bias.shape != (geometry.out_channels,):
         raise InputError(f"the bias must be [{geometry.out_channels}], not {list(bias.shape)}")

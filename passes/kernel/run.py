@@ -17,7 +17,7 @@ from passes.kernel.call import Call
 from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
 from passes.kernel.library import Library, library
 from passes.kernel.packing import Tables
-from passes.kernel.schedule import Job, Schedule, Tiling, schedule
+from passes.kernel.schedule import DEFAULT_TILING, Job, Schedule, Tiling, schedule
 from passes.kernel.target import MOST_FILTERS, Target, host
 
 _IOTA = (ctypes.c_int64 * MOST_FILTERS)(*range(MOST_FILTERS))
@@ -30,6 +30,9 @@ class Placement:
     reads: Margins = NO_MARGINS
     adds: Margins = NO_MARGINS
     writes: Margins = NO_MARGINS
+
+
+NO_PLACEMENT = Placement()
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Form:
 
     geometry: Geometry
     activation: str | None = None
-    placement: Placement = Placement()
-    tiling: Tiling = Tiling()
+    placement: Placement = NO_PLACEMENT
+    tiling: Tiling = DEFAULT_TILING
     target: Target | None = None
 
 
@@ -143,7 +146,11 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> T
     call = Call.from_buffer_copy(plan.template)
     call.address = address = ctypes.addressof(call)
     call.weight, call.bias = tables.weight.data_ptr(), tables.bias.data_ptr()
-    call.inputs, call.filters, call.blocks = tables.inputs.data_ptr(), tables.filters.data_ptr(), tables.blocks.data_ptr()
+    call.inputs, call.filters, call.blocks = (
+        tables.inputs.data_ptr(),
+        tables.filters.data_ptr(),
+        tables.blocks.data_ptr(),
+    )
     call.out = out.data_ptr() + 4 * call.out_top * call.out_row
     call.x = x.data_ptr()
     if residual is not None:

@@ -1,9 +1,9 @@
 """How one layer runs on pictures of one size: what is copied first, which pixels are computed, how the work is divided.
 
-The kernel sees rows of pixels. Where the layer has stride 1 and the margins of its input hold its padding, it reads the
-input in place: a tap is an offset, and rows run on over the right margin, whose results are dropped. Otherwise the input
-is copied: with stride 1 into margins of its own, with another stride split into its phases (pixels ``sh·i + a, sw·j + b``),
-in which every tap is an offset again.
+The kernel sees rows of pixels. Where the layer has stride 1 and the margins of its input hold its padding, it reads
+the input in place: a tap is an offset, and rows run on over the right margin, whose results are dropped. Otherwise the
+input is copied: with stride 1 into margins of its own, with another stride split into its phases (pixels
+``sh·i + a, sw·j + b``), in which every tap is an offset again.
 
 A picture of fewer pixels than a vector (a linear layer has one) would leave lanes idle: then the copy puts the pictures
 of the batch one after the other, and the kernel runs over all of them at once (`folded`).
@@ -34,6 +34,9 @@ class Tiling:
 
     strip: int = 14
     tasks: int = 4
+
+
+DEFAULT_TILING = Tiling()
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def schedule(job: Job) -> Schedule:
         _copy(call, job, source, folded)
         # Vectors of a folded picture may run past the last plane.
         copied = job.images * geometry.in_channels * len(source.phases) * plane + (lanes if folded else 0)
-    threads = _divide(call, job, 1 if folded else job.images)
+    threads = _divide(call, job, 1 if folded else max(job.images, 1))
     taps = (ctypes.c_int64 * len(source.taps))(*source.taps)
     phases = (ctypes.c_int64 * (2 * len(source.phases)))(*(each for phase in source.phases for each in phase))
     call.taps, call.phases = ctypes.addressof(taps), ctypes.addressof(phases)
@@ -202,4 +205,5 @@ def _divide(call: Call, job: Job, images: int) -> int:
     call.chunks = max(1, min(-(-wanted // (images * call.strips)), job.blocks))
     call.tasks = images * call.strips * call.chunks
     call.tile_row = -(-vectors // call.strips) * job.lanes
-    return max(1, min(job.threads, call.tasks))
+    tasks: int = call.tasks
+    return max(1, min(job.threads, tasks))

@@ -38,7 +38,7 @@ class Target:
 
     @property
     def most_filters(self) -> int:
-        """Filters of the largest micro-kernel."""
+        """Filters of the largest micro-kernel that is worth packing for; all machines have those of `MOST_FILTERS`."""
         return MOST_FILTERS if self.registers >= 32 else 6
 
 

@@ -1,12 +1,12 @@
 """Running a compiled function on torch's own threads.
 
-torch is linked to an OpenMP runtime. Its entry point, ``GOMP_parallel(function, data, threads, flags)``, is found through
-torch's library, so the kernel uses the very pool of threads that torch's own operations use. A second pool, such as
-numba would open, would spin on the cores that the first one needs. The runtime may be entered by several Python threads
-at once: each has a team of its own.
+torch is linked to an OpenMP runtime. Its entry point, ``GOMP_parallel(function, data, threads, flags)``, is found
+through torch's library, so the kernel uses the very pool of threads that torch's own operations use. A second pool,
+such as numba would open, would spin on the cores that the first one needs. The runtime may be entered by several Python
+threads at once: each has a team of its own.
 
-A forked child inherits a pool without its threads and would wait for them forever; there, and where torch has no OpenMP,
-the calling thread does all the work.
+A forked child inherits a pool without its threads and would wait for them forever; there, and where torch has no
+OpenMP, the calling thread does all the work.
 """
 
 from __future__ import annotations

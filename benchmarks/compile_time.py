@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,9 +54,11 @@ def main() -> None:
     else:
         print(f"trained ResNet-20: not measured, {checkpoint} is not there")
     for name in ("resnet50", "densenet201"):
-        print_memory(name)
+        print_memory(name, models_zoo.create, name)
     for depth in (25, 50, 100, 200):
-        print(f"chain of {depth} convolutions: {statistics.median(seconds(chain(depth)) for _ in range(3)):.2f} s")
+        name = f"chain of {depth} convolutions"
+        print(f"compile {name}: {statistics.median(seconds(chain(depth)) for _ in range(3)):.2f} s")
+        print_memory(name, chain, depth)
 
 
 def seconds(model: nn.Module) -> float:
@@ -96,21 +99,23 @@ def ten_restarts(unit: Unit, path: str) -> float:
     return inertia(vectors, torch.from_numpy(means.labels_).long())
 
 
-def print_memory(name: str) -> None:
+def print_memory(title: str, build: Callable[..., nn.Module], *options: str | int) -> None:
     """Peak memory of a compilation above what the process with the model held before, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure_memory, args=(name, queue))
+    process = context.Process(target=measure_memory, args=(queue, build, *options))
     process.start()
     above, parameters = queue.get(timeout=300)
     process.join()
-    print(f"peak memory, {name}: {above / parameters:.2f} times its parameters ({parameters / 2**20:.0f} MiB)")
+    print(f"peak memory, {title}: {above / parameters:.2f} times its parameters ({parameters / 2**20:.0f} MiB)")
 
 
-def measure_memory(name: str, queue: multiprocessing.Queue[tuple[int, int]]) -> None:
+def measure_memory(
+    queue: multiprocessing.Queue[tuple[int, int]], build: Callable[..., nn.Module], *options: str | int
+) -> None:
     """Put the peak above the start and the size of the parameters, in bytes, into `queue`."""
     sgfx.compile(models_zoo.create("resnet20"), ratio=0.5)
-    model = models_zoo.create(name)
+    model = build(*options)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # starts the kernel's high-water mark anew
     small = sgfx.compile(model, groups=16, ratio=0.8)

@@ -136,7 +136,7 @@ def picture_accuracy(points: list[tuple[float, float]], final: float, path: Path
     axes.plot(pruned[-1], final, "*", markersize=14, label="lowered, after global fine-tuning")
     axes.axhline(accuracy[0], color="grey", linestyle=":", label="dense")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.set(title="Digits: accuracy over pruning steps", xlabel="connections pruned", ylabel="top-1, test images")
     axes.grid(alpha=0.3)
     axes.legend()

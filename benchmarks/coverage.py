@@ -33,15 +33,10 @@ from benchmarks.coverage_cases import Case, case, family_of, names
 from benchmarks.coverage_table import summary, table
 from benchmarks.machine import describe_machine
 from benchmarks.oracle import Differences, compare, mask, run
+from passes.cut import cuts
 
 LARGE = 150_000_000  # parameters above which one variant is compared at a time, with a sample of the gradients
 SAMPLE = 24
-VARIANTS = (False,)
-
-
-def cuts(model: nn.Module) -> dict[str, Any]:
-    """What elimination left of each module; nothing is eliminated yet."""
-    return {}
 
 
 def main() -> None:
@@ -129,7 +124,7 @@ def examine_safely(name: str, memory: float) -> dict[str, Any]:
 def examine(case: Case, groups: int = 8, ratio: float = 0.5) -> dict[str, Any]:
     """Compile a network with and without elimination, compare, and return the figures."""
     parameters = sum(parameter.numel() for parameter in case.build().parameters())
-    batches = [(each,) for each in VARIANTS] if parameters > LARGE else [VARIANTS]
+    batches = [(False,), (True,)] if parameters > LARGE else [(False, True)]
     figures: dict[str, Any] = {"parameters": parameters, "dtype": str(case.dtype).removeprefix("torch.")}
     figures["input"] = [list(x.shape) for x in case.evaluation if isinstance(x, torch.Tensor)] or "images"
     differences: dict[str, dict[str, Any]] = {}
@@ -137,7 +132,9 @@ def examine(case: Case, groups: int = 8, ratio: float = 0.5) -> dict[str, Any]:
         dense = case.build()
         sample = sampled(dense) if parameters > LARGE else None
         smalls = {
-            eliminate: sgfx.compile(dense, groups=groups, ratio=ratio, example_inputs=case.evaluation)
+            eliminate: sgfx.compile(
+                dense, groups=groups, ratio=ratio, example_inputs=case.training, eliminate=eliminate
+            )
             for eliminate in batch
         }
         for eliminate, small in smalls.items():

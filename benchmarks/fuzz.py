@@ -23,16 +23,9 @@ from torch import Tensor, nn
 import sgfx
 from benchmarks.oracle import Run, compare, mask, run
 from benchmarks.random_models import networks, taps
+from passes.cut import cuts
 
 TOLERANCE = 1e-8
-VARIANTS = (False,)
-
-
-def cuts(model: nn.Module) -> dict[str, Any]:
-    """What elimination left of each module; nothing is eliminated yet."""
-    return {}
-
-
 CASES: dict[str, Any] = {
     "drawn": networks(),
     "groups": st.integers(2, 4),
@@ -51,11 +44,11 @@ def examine(net: nn.Module, x: Tensor, groups: int, ratio: float) -> str:
         return "not a network"
     smalls = {}
     try:
-        for eliminate in VARIANTS:
-            smalls[eliminate] = sgfx.compile(net, groups=groups, ratio=ratio, example_inputs=x)
+        for eliminate in (False, True):
+            smalls[eliminate] = sgfx.compile(net, groups=groups, ratio=ratio, example_inputs=x, eliminate=eliminate)
     except sgfx.InputError as error:
         return "nothing to compress" if "nothing to compress" in str(error) else "refused"
-    eliminated = any(cuts(small) for small in smalls.values())
+    assert sgfx.plans(smalls[False]) == sgfx.plans(smalls[True]), "elimination changed the plans"
     masked = mask(net, smalls[False])
     for training in (False, True):
         expected = watched(masked, x, training)
@@ -66,7 +59,7 @@ def examine(net: nn.Module, x: Tensor, groups: int, ratio: float) -> str:
                 return "not finite"
             where = f"{'train' if training else 'eval'} mode, eliminate={eliminate}, groups={groups}, ratio={ratio}"
             assert found.largest <= TOLERANCE, f"{where}: {found}\n{small}"
-    return "exact, with elimination" if eliminated else "exact"
+    return "exact, with elimination" if cuts(smalls[True]) else "exact"
 
 
 def watched(model: nn.Module, x: Tensor, training: bool) -> Run:

@@ -146,8 +146,8 @@ class _Tracer(fx.Tracer):
 
     failed: str | None = None
 
-    def __init__(self, root_path: str, leaves: Collection[str], hooked: Collection[str]) -> None:
-        super().__init__()
+    def __init__(self, root_path: str = "", leaves: Collection[str] = (), hooked: Collection[str] = ()) -> None:
+        super().__init__()  # unpickling a graph module makes a tracer of its graph's class without arguments
         self._root_path, self._leaves, self._hooked = root_path, leaves, hooked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

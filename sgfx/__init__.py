@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passes.errors import InputError, PassError
+    from passes.freezing.decisions import Decisions
     from passes.plan import LayerPlan, plans
     from sgfx.compiler import compile
     from sgfx.exporting import Exported, export
     from sgfx.files import load, save
+    from sgfx.freezing import freeze
     from sgfx.pruner import Pruner, Step
     from sgfx.reporting import Report, Share, report
     from sgfx.training import Trainer
     from sgfx.verification import Verification, verify
 
 _HOMES = {
+    "Decisions": "passes.freezing.decisions",
     "Exported": "sgfx.exporting",
     "InputError": "passes.errors",
     "LayerPlan": "passes.plan",
@@ -33,6 +36,7 @@ _HOMES = {
     "Verification": "sgfx.verification",
     "compile": "sgfx.compiler",
     "export": "sgfx.exporting",
+    "freeze": "sgfx.freezing",
     "load": "sgfx.files",
     "plans": "passes.plan",
     "report": "sgfx.reporting",
@@ -42,6 +46,7 @@ _HOMES = {
 
 __version__ = version("sgfx")
 __all__ = [
+    "Decisions",
     "Exported",
     "InputError",
     "LayerPlan",
@@ -54,6 +59,7 @@ __all__ = [
     "Verification",
     "compile",
     "export",
+    "freeze",
     "load",
     "plans",
     "report",

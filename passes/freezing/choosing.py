@@ -1,0 +1,203 @@
+"""Choosing: every layer is run in the way that is fastest on its real shape. Here, and only here, is time measured.
+
+1. The candidates of a layer are the library, the library with channels last, and the kernel with a few tilings.
+2. They are timed in turn, round by round, on random inputs of the shapes that the example inputs lead to; the least
+   median wins.
+3. Decisions that are given are taken as they are; layers that they don't name are measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.errors import InputError
+from passes.freezing.decisions import LayerDecision
+from passes.freezing.fused import LastPool, LibraryLayer, Recipe
+from passes.plan import attach_plan, plan_of
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+SECONDS_PER_LAYER = 0.03  # what the rounds of one candidate may take
+STRATEGIES = ("library", "kernel")
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+def choose(
+    graph: fx.GraphModule, inputs: tuple[Any, ...], strategy: str | None, given: Mapping[str, LayerDecision]
+) -> dict[str, LayerDecision]:
+    """Put the fastest form of each layer in the place of its recipe, in place.
+
+    Args:
+        graph: a fused eval graph.
+        inputs: example inputs of the graph.
+        strategy: None to measure; ``"library"`` or ``"kernel"`` forces one, the kernel where it can compute a layer.
+        given: decisions to take as they are, by layer.
+
+    Returns:
+        What was decided, by layer.
+    """
+    seen = _Shapes(graph)
+    with torch.no_grad():
+        seen.run(*inputs)
+    decided: dict[str, LayerDecision] = {}
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Recipe):
+            name = _name(module.path, decided)
+            chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name))
+            chosen.path = name
+            if (plan := plan_of(module.layer)) is not None:
+                attach_plan(chosen, plan)
+            graph.set_submodule(str(node.target), chosen)
+        elif isinstance(module, POOLS) and strategy is None:
+            name = _name(str(node.target), decided)
+            chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
+            graph.set_submodule(str(node.target), chosen)
+    return decided
+
+
+def _choose_pool(
+    pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None
+) -> tuple[nn.Module, LayerDecision]:
+    candidates: dict[str, Callable[[], nn.Module]] = {
+        "library": partial(_itself, pool),
+        "channels_last": partial(LastPool, pool),
+    }
+    if given is None or given.way not in candidates:
+        times = _measured(candidates, inputs)
+        given = LayerDecision(min(times, key=times.__getitem__), milliseconds=times)
+    return candidates[given.way](), given
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph once and notes what each module is called with: random values of the same shapes."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.inputs: dict[str, tuple[Tensor, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if n.op == "call_module":
+            self.inputs[n.name] = tuple(x for x in args if isinstance(x, Tensor))
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, Recipe):
+            return LibraryLayer(module)(*args)
+        return super().run_node(n)
+
+
+def _name(path: str, decided: Mapping[str, object]) -> str:
+    """A layer's path, or, for further calls of it, its path with a number."""
+    calls = sum(name.partition("#")[0] == path for name in decided)
+    return path if not calls else f"{path}#{calls + 1}"
+
+
+def _choose_one(
+    recipe: Recipe, inputs: tuple[Tensor, ...], strategy: str | None, given: LayerDecision | None
+) -> tuple[Any, LayerDecision]:
+    candidates = _candidates(recipe, inputs)
+    macs = _macs(recipe, inputs[0])
+    if given is not None and given.name in candidates:
+        return candidates[given.name](), given
+    kernels = [name for name in candidates if name.startswith("kernel")]
+    if strategy == "library" or (not kernels and strategy == "kernel") or len(candidates) == 1:
+        return candidates["library"](), LayerDecision("library", macs=macs)
+    if strategy == "kernel":
+        candidates = {name: candidates[name] for name in kernels}
+    times = _measured(candidates, inputs)
+    best = min(times, key=times.__getitem__)
+    way, *tiling = best.split()
+    return candidates[best](), LayerDecision(way, tuple(map(int, tiling)), times, macs)
+
+
+def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """Each candidate's name, and how to make it."""
+    found: dict[str, Callable[[], nn.Module]] = {"library": lambda: LibraryLayer(recipe)}
+    if inputs[0].dim() == 4 and inputs[0].device.type == "cpu":
+        found["channels_last"] = lambda: LibraryLayer(recipe, channels_last=True)
+    if kernel_obstacle(recipe, inputs[0]) is None:
+        from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
+
+        def packed(tiling: Tiling) -> PackedConv2d:
+            layer = recipe.layer
+            scale, shift = (None if x is None else x.to(inputs[0].dtype) for x in (recipe.scale, recipe.shift))
+            return pack_layer(layer, scale=scale, shift=shift, activation=recipe.activation, tiling=tiling)
+
+        first = packed(Tiling())
+        shape = inputs[0].shape if inputs[0].dim() == 4 else (inputs[0].shape[:-1].numel(), inputs[0].shape[-1], 1, 1)
+        for tiling in tilings(first, shape):
+            found[f"kernel {tiling.strip} {tiling.tasks}"] = partial(packed, tiling)
+    return found
+
+
+def kernel_obstacle(recipe: Recipe, x: Tensor) -> str | None:
+    """Why the kernel can't compute a layer, or None if it can."""
+    layer: Any = recipe.layer
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return "the kernel computes fp32 on the CPU"
+    kernel = getattr(layer, "kernel_size", None)
+    if kernel is not None and (len(kernel) != 2 or layer.padding_mode != "zeros" or x.dim() != 4):
+        return "the kernel computes two-dimensional convolutions that pad with zeros, on batches"
+    if x.numel() == 0:
+        return "the example is empty"
+    from passes.kernel import supported
+
+    return supported()
+
+
+def _measured(candidates: Mapping[str, Callable[[], Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Median milliseconds of each candidate, timed in turn."""
+    modules = {name: make() for name, make in candidates.items()}
+    with torch.no_grad():
+        once = max(_seconds(module, inputs) + _seconds(module, inputs) for module in modules.values()) / 2
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_LAYER / max(once, 1e-6))))
+        times: dict[str, list[float]] = {name: [] for name in modules}
+        for _ in range(rounds):
+            for name, module in modules.items():
+                times[name].append(_seconds(module, inputs))
+    return {name: 1000 * statistics.median(each) for name, each in times.items()}
+
+
+def _seconds(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> float:
+    start = time.perf_counter()
+    module(*inputs)
+    return time.perf_counter() - start
+
+
+def _macs(recipe: Recipe, x: Tensor) -> int:
+    """Multiply-adds of a layer: its connections times its outputs' positions."""
+    layer: Any = recipe.layer
+    weights: int = layer.weight.numel()
+    if hasattr(layer, "in_features"):
+        return weights * x.shape[:-1].numel()
+    positions = x.shape[0]
+    for size, kernel, stride, dilation, pad in zip(
+        x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, _pads(layer), strict=True
+    ):
+        positions *= (size + pad - dilation * (kernel - 1) - 1) // stride + 1
+    return weights * positions
+
+
+def _pads(layer: Any) -> list[int]:
+    """Padding of each spatial dimension, both sides together."""
+    if isinstance(layer.padding, str):
+        same = layer.padding == "same"
+        return [d * (k - 1) * same for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return [2 * pad for pad in layer.padding]
+
+
+def checked_strategy(strategy: object) -> str | None:
+    """Check the strategy that a user forces."""
+    if strategy is not None and strategy not in STRATEGIES:
+        raise InputError(f"strategy must be {' or '.join(map(repr, STRATEGIES))} or None, not {strategy!r}")
+    return None if strategy is None else str(strategy)

@@ -1,0 +1,119 @@
+"""Decisions: how each layer of a frozen model is run, what was measured, and on what machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.errors import InputError
+
+_KEY = "_sgfx_decisions"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """How one layer is run.
+
+    Attributes:
+        way: ``"library"``, ``"channels_last"`` (the library in that memory format) or ``"kernel"``.
+        tiling: of the kernel: vectors of a strip, tasks per thread; empty for the library.
+        milliseconds: what each candidate took, by its name; empty if nothing was measured.
+        macs: multiply-adds for the example inputs.
+    """
+
+    way: str
+    tiling: tuple[int, ...] = ()
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    macs: int = 0
+
+    @property
+    def name(self) -> str:
+        """The candidate's name."""
+        return " ".join([self.way, *map(str, self.tiling)])
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How a model is run.
+
+    Attributes:
+        machine: what it was measured on.
+        layers: by module path (with ``#2``, … for further calls of a layer).
+        milliseconds: the whole model as chosen, and with the library alone; empty if nothing was measured.
+        note: what is worth knowing about the choice, or "".
+    """
+
+    machine: str
+    layers: Mapping[str, LayerDecision]
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Decisions:
+        """The decisions in plain data.
+
+        Raises:
+            InputError: the data is not what `to_dict` gives.
+        """
+        try:
+            if data["version"] != VERSION:
+                raise InputError(f"decisions have version {data['version']}, this sgfx reads version {VERSION}")
+            layers = {
+                path: LayerDecision(d["way"], tuple(d["tiling"]), dict(d["milliseconds"]), int(d["macs"]))
+                for path, d in data["layers"].items()
+            }
+            return cls(str(data["machine"]), layers, dict(data["milliseconds"]), str(data["note"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError("these are no decisions (as the to_dict() of a frozen model's decisions gives)") from error
+
+    def __str__(self) -> str:
+        """A table for the terminal."""
+        from tabulate import tabulate
+
+        rows = []
+        for path, layer in self.layers.items():
+            times = layer.milliseconds
+            library = min((ms for name, ms in times.items() if not name.startswith("kernel")), default=None)
+            chosen = times.get(layer.name)
+            rate = f"{layer.macs / chosen / 1e6:.1f}" if chosen else ""
+            rows.append([path, layer.name, _ms(library), _ms(chosen), f"{layer.macs / 1e6:.2f}M", rate])
+        head = ["layer", "chosen", "ms library", "ms chosen", "MACs", "GMAC/s"]
+        table = tabulate(rows, head, colalign=["left", "left", *["right"] * 4], disable_numparse=True)
+        whole = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
+        return "\n".join(line for line in (f"measured on {self.machine}", table, whole, self.note) if line)
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def machine() -> str:
+    """What kind of machine this is: what was measured on another kind does not hold here."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def attach_decisions(model: nn.Module, decisions: Decisions) -> None:
+    """Keep decisions with the model that they were made for; `sgfx.save` writes them."""
+    model.__dict__[_KEY] = decisions
+
+
+def decisions_of(model: nn.Module) -> Decisions | None:
+    """Return the decisions that were made for a model, or None."""
+    found = model.__dict__.get(_KEY)
+    return found if isinstance(found, Decisions) else None

@@ -1,0 +1,175 @@
+"""Fusion: an eval graph with as few passes over its tensors as possible.
+
+1. Dropout and identity are taken out.
+2. A norm in eval mode behind a layer that nobody else reads is folded into the layer.
+3. A sum behind a layer that nobody else reads is computed by the layer, which starts from the other summand; a
+   regrouped layer is preferred, else the later one.
+4. An activation behind a layer, a sum in it, or a norm, which nobody else reads, is computed there.
+5. What computes in place on a tensor that others read stays as it is.
+
+What can be computed differently later is a `Recipe` in the graph that comes out.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from passes.cut import is_frozen_norm, is_norm
+from passes.facts import Region
+from passes.freezing.fused import FusedNorm, Recipe
+from passes.layers.grouped import GROUPED, Grouped
+
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
+ACTIVATION_CALLS = {
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
+}  # fmt: skip
+
+
+def fuse(region: Region, like: Tensor) -> fx.GraphModule:
+    """Rewrite the eval graph of a region, which must have shapes, and return it; `like` has the dtype to compute in."""
+    graph = region.graphs["eval"]
+    for rule in (_drop_nothing, _make_recipes, _fold_norms, _fuse_sums, _make_norms, _fuse_activations):
+        for node in list(graph.graph.nodes):
+            rule(_Place(region, graph, node, like))
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Place:
+    """A node in its graph, and what rules ask and do there."""
+
+    def __init__(self, region: Region, graph: fx.GraphModule, node: fx.Node, like: Tensor) -> None:
+        self.region, self.graph, self.node, self.like = region, graph, node, like
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def recipe(self, node: object) -> Recipe | None:
+        """The recipe whose result nobody but this node reads."""
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return None
+        module = self.module(node)
+        return module if isinstance(module, Recipe) else None
+
+    def put(self, module: nn.Module, args: tuple[fx.node.Argument, ...]) -> fx.Node:
+        """Put a call of `module` in the place of the node."""
+        name = f"frozen.{self.node.name}"
+        self.graph.add_submodule(name, module)
+        with self.graph.graph.inserting_before(self.node):
+            new = self.graph.graph.call_module(name, args)
+        self.replace(new)
+        return new
+
+    def replace(self, other: fx.Node) -> None:
+        """Let all who read the node read another, and take it out."""
+        other.meta.update(self.node.meta)
+        self.node.replace_all_uses_with(other)
+        self.graph.graph.erase_node(self.node)
+
+
+def _drop_nothing(place: _Place) -> None:
+    node = place.node
+    if isinstance(place.module(node), NOTHING) or (node.op == "call_function" and _is_off(node)):
+        place.node.replace_all_uses_with(node.all_input_nodes[0])
+        place.graph.graph.erase_node(node)
+
+
+def _is_off(node: fx.Node) -> bool:
+    """Whether a function that only does something in training was called outside of it."""
+    place = TRAINING_ARGUMENT.get(getattr(node.target, "__name__", ""))
+    if place is None or len(node.all_input_nodes) != 1:
+        return False
+    return (node.args[place] if len(node.args) > place else node.kwargs.get("training")) is False
+
+
+def _make_recipes(place: _Place) -> None:
+    """Every call of a layer becomes a recipe of its own."""
+    module = place.module(place.node)
+    known = isinstance(module, Grouped) or type(module) in GROUPED
+    if module is not None and known and len(place.node.args) == 1 and not place.node.kwargs:
+        place.put(Recipe(module, place.region.module_path(place.node)), place.node.args)
+
+
+def _is_affine(module: nn.Module | None) -> bool:
+    """Whether a module is a norm that uses running statistics in eval mode."""
+    if module is None or not is_norm(module):
+        return False
+    return is_frozen_norm(module) or (isinstance(module, _BatchNorm) and module.running_mean is not None)
+
+
+def _fold_norms(place: _Place) -> None:
+    norm = place.module(place.node)
+    if _is_affine(norm) and norm is not None and (recipe := place.recipe(place.node.args[0])) is not None:
+        recipe.fold(norm)
+        place.replace(place.node.all_input_nodes[0])
+
+
+def _fuse_sums(place: _Place) -> None:
+    node = place.node
+    if node.target not in SUMS or node.kwargs or len(node.args) != 2:
+        return
+    summands = [each for each in node.args if isinstance(each, fx.Node)]
+    same = len(summands) == 2 and summands[0] is not summands[1] and _shape(summands[0]) == _shape(summands[1]) != ()
+    if not same or (_in_place(node) and len(summands[0].users) > 1):
+        return
+    order = list(place.graph.graph.nodes)
+    fit = [each for each in summands if _takes_sum(place, each)]
+    if not fit:
+        return
+    layer = max(fit, key=lambda each: (isinstance(_layer(place, each), Grouped), order.index(each)))
+    other = summands[1 - summands.index(layer)]
+    with place.graph.graph.inserting_before(node):
+        new = place.graph.graph.call_module(str(layer.target), (layer.args[0], other))
+    place.replace(new)
+    place.graph.graph.erase_node(layer)
+
+
+def _takes_sum(place: _Place, node: fx.Node) -> bool:
+    recipe = place.recipe(node)
+    return recipe is not None and recipe.activation is None and len(node.args) == 1
+
+
+def _layer(place: _Place, node: fx.Node) -> nn.Module | None:
+    recipe = place.recipe(node)
+    return None if recipe is None else recipe.layer
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _in_place(node: fx.Node) -> bool:
+    return node.target in (operator.iadd, "add_")
+
+
+def _make_norms(place: _Place) -> None:
+    norm = place.module(place.node)
+    if _is_affine(norm) and norm is not None:
+        place.put(FusedNorm(norm, place.like), place.node.args)
+
+
+def _fuse_activations(place: _Place) -> None:
+    node = place.node
+    if node.op == "call_module":
+        name = next((name for kind, name in ACTIVATION_MODULES.items() if type(place.module(node)) is kind), None)
+    else:
+        name = ACTIVATION_CALLS.get(node.target)
+    before = node.args[0] if node.args else None
+    if name is None or not isinstance(before, fx.Node) or len(before.users) != 1:
+        return
+    module = place.module(before)
+    if isinstance(module, Recipe | FusedNorm) and module.activation is None:
+        module.activation = name
+        place.replace(before)

@@ -1,0 +1,172 @@
+"""`sgfx.freeze`: the inference form of a model, dense or compiled: folded, fused, each layer run in its fastest way."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from passes.copying import copy_model
+from passes.errors import InputError
+from passes.facts import Region, Regions, Settings
+from passes.freezing.choosing import checked_strategy, choose
+from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
+from passes.freezing.fusion import fuse
+from passes.freezing.placing import place
+from passes.layers.surgery import hook_dicts, replace_module
+from passes.manager import run_passes
+from passes.pipeline import ELIMINATION
+from passes.random_state import preserved_random_state
+from passes.regions import find_regions
+from passes.settings import as_inputs, check_model
+from passes.shapes import find_shapes
+from passes.unit import Unit
+
+
+def freeze(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[object, ...],
+    *,
+    strategy: str | None = None,
+    decisions: Decisions | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Make the inference form of a model: the outputs of its eval mode, as fast as this machine computes them.
+
+    Filters that nobody reads are removed, norms, sums and activations are fused into the layers before them, and each
+    layer is run in the way that is measured to be fastest: by the library, or by a kernel that reads the inputs of a
+    group where they lie. What was chosen stands in ``decisions`` of the result, and stays with `model`, so that
+    `sgfx.save` keeps it. Inputs of other sizes work too.
+
+    Args:
+        model: a dense or a compiled model; it is neither run nor changed (but for the decisions, which stay with it).
+        example_inputs: a tensor or a tuple of positional arguments, of the shape that will be asked for most.
+        strategy: None to measure; ``"library"`` or ``"kernel"`` to force one.
+        decisions: those of an earlier result on this kind of machine (or their ``to_dict()``): nothing is measured.
+
+    Returns:
+        A ``torch.fx.GraphModule`` in eval mode, or, where a model can't be traced whole, a copy of it in which each
+        traceable part is one. It has no hooks and no trainable parameters.
+
+    Raises:
+        InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit.
+    """
+    check_model(model)
+    inputs = as_inputs(example_inputs) or ()
+    strategy = checked_strategy(strategy)
+    given = _given(model, decisions)
+    with preserved_random_state():
+        small = _eliminated(model, inputs)
+        frozen, made = _frozen(small, inputs, strategy, given)
+        if strategy is None and given is None:
+            library, _ = _frozen(small, inputs, "library", None)
+            frozen, made = _faster(frozen, library, made, inputs)
+    if given is None and strategy is None:
+        attach_decisions(model, made)
+    frozen.decisions = made  # type: ignore[assignment]
+    return frozen
+
+
+def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) -> Decisions | None:
+    """Decisions to take: the caller's, or those that came with the model, if they were made on such a machine."""
+    if isinstance(decisions, Mapping):
+        decisions = Decisions.from_dict(decisions)
+    if decisions is not None and not isinstance(decisions, Decisions):
+        raise TypeError(
+            f"decisions must be those of a frozen model, or their to_dict(), not {type(decisions).__name__}"
+        )
+    found = decisions or decisions_of(model)
+    return found if found is not None and found.machine == machine() else None
+
+
+def _eliminated(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:
+    """A copy in eval mode, without hooks, from which the filters that nobody reads are gone."""
+    small = copy_model(model).eval()
+    for module in small.modules():
+        for key in hook_dicts(module):
+            module.__dict__[key].clear()
+    small.requires_grad_(False)
+    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
+    return small
+
+
+def _frozen(
+    small: nn.Module, inputs: tuple[object, ...], strategy: str | None, given: Decisions | None
+) -> tuple[nn.Module, Decisions]:
+    """Fuse and choose, region by region; `small` stays as it is."""
+    regions = find_regions(small, inputs)
+    layers = {}
+    whole: nn.Module = copy.copy(small)
+    parts = []
+    for region in regions.parts:
+        arguments = _inputs_of(region, regions, inputs)
+        if arguments is None or not find_shapes(region.graphs["eval"], arguments):
+            continue
+        like = next(region.graphs["eval"].parameters(), torch.empty(0))
+        graph = fuse(region, like)
+        layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
+        place(graph)
+        parts.append((region.path, graph))
+    if not parts:
+        raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
+    made = Decisions(machine(), layers)
+    if regions.parts[0].path == "":
+        return _finished(parts[0][1]), made
+    whole = copy_model(small)
+    for path, graph in parts:
+        old = whole.get_submodule(path)
+        for key, value in old.__dict__.items():
+            if key not in graph.__dict__ and not key.startswith("_"):
+                graph.__dict__[key] = value  # what others ask the part for, such as out_channels
+        replace_module(whole, path, _finished(graph))
+    return whole.eval(), made
+
+
+def _finished(graph: fx.GraphModule) -> fx.GraphModule:
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph.eval().requires_grad_(False)
+
+
+def _inputs_of(region: Region, regions: Regions, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+    """What the root of a region is called with in eval mode."""
+    if not region.path:
+        return inputs
+    called = regions.observation.called.get(region.path, {}) if regions.observation is not None else {}
+    return called["eval"][0] if "eval" in called else None
+
+
+def _filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """Real tensors to measure with; values have no influence on time, but denormal numbers would."""
+
+    def fill(x: object) -> object:
+        return (
+            torch.rand(x.shape, device=x.device).to(x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        )
+
+    return tuple(pytree.tree_map(fill, arguments))
+
+
+def _faster(
+    frozen: nn.Module, library: nn.Module, made: Decisions, inputs: tuple[object, ...]
+) -> tuple[nn.Module, Decisions]:
+    """The faster of the chosen form and the library alone, by the median over interleaved calls of the whole."""
+    times: dict[str, list[float]] = {"chosen": [], "library alone": []}
+    with torch.no_grad():
+        for index in range(7):
+            for name, form in (("chosen", frozen), ("library alone", library)):
+                start = time.perf_counter()
+                form(*inputs)
+                if index:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    if medians["chosen"] <= medians["library alone"]:
+        return frozen, Decisions(made.machine, made.layers, medians)
+    layers = {path: type(d)("library", (), d.milliseconds, d.macs) for path, d in made.layers.items()}
+    note = "the library alone is faster than what was chosen layer by layer: its form is returned"
+    return library, Decisions(made.machine, layers, medians, note)

@@ -74,6 +74,18 @@ def _copy_four(typing: Any, to: Any, source: Any) -> Any:
 
 
 @intrinsic
+def _clear_four(typing: Any, address: Any) -> Any:
+    """Set four numbers to zero."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        there, _ = _four_numbers(builder, args[0], 0)
+        builder.store(ir.VectorType(ir.FloatType(), 4)([0.0] * 4), there, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def _copy_every_other(typing: Any, to: Any, source: Any) -> Any:
     """Copy numbers 0, 2, 4 and 6."""
 
@@ -108,9 +120,14 @@ def _jit(function: Any) -> Any:
 
 @_jit
 def _clear(address: int, count: int) -> None:
-    numbers = _floats(address)
-    for index in range(count):
-        numbers[index] = np.float32(0)
+    if count >= 4:
+        for index in range(0, count - 3, 4):
+            _clear_four(address + 4 * index)
+        _clear_four(address + 4 * (count - 4))
+    else:
+        numbers = _floats(address)
+        for index in range(count):
+            numbers[index] = np.float32(0)
 
 
 @_jit
@@ -215,8 +232,11 @@ def _fetch(call: Any, tile: int, first: int, end: int, residual: int) -> None:
 
 
 @_jit
-def _clear_margins(call: Any, first: int, end: int, out: int) -> None:
-    """Clear what lies beside, above and below pixels ``first … end``, which were computed where they belong."""
+def _clear_margins(call: Any, first: int, end: int, gap: int, out: int) -> None:
+    """Clear what lies beside, above and below pixels ``first … end``, which were computed where they belong.
+
+    `gap` is the first pixel of the margin beside the row of pixel `first`.
+    """
     whole = call.rows * call.row
     if first == 0:
         _clear(out - 4 * call.out_top * call.out_row, call.out_top * call.out_row)
@@ -224,9 +244,11 @@ def _clear_margins(call: Any, first: int, end: int, out: int) -> None:
         _clear(out + 4 * whole, call.out_bottom * call.out_row)
         end = whole
     numbers = _floats(out)
-    for column in range(call.columns, call.row):  # down each column: a row's margin is too short to loop over
-        row = (first - column + call.row - 1) // call.row
-        for pixel in range(row * call.row + column, end, call.row):
+    for column in range(call.row - call.columns):  # down each column: a row's margin is too short to loop over
+        start = gap + column
+        if start < first:
+            start += call.row
+        for pixel in range(start, end, call.row):
             numbers[pixel] = np.float32(0)
 
 
@@ -268,12 +290,13 @@ def _run_block(call: Any, block: int, x: int, image: int, first: int, end: int, 
         _micro_kernel(kernels[count], arguments)
         done += count
 
+    gap = first // call.row * call.row + call.columns
     for m in range(filters):
         place = out + 4 * _integers(rows)[m] * call.out_channel
         if call.staged != 0:
             _place(call, tiles + 4 * m * call.tile_row, first, end, place)
         elif call.out_row > call.columns or call.out_top + call.out_bottom > 0:
-            _clear_margins(call, first, end, place)
+            _clear_margins(call, first, end, gap, place)
 
 
 @_jit

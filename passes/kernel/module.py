@@ -46,17 +46,24 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute ``activation(conv(x) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
+        return self._run(x, residual, None)
+
+    def write(self, out: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
+        """Compute the same into `out`, which may be a range of the channels of a wider tensor."""
+        self._run(x, residual, out)
+
+    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("a packed layer is for inference: it has no gradient. Call it under torch.no_grad()")
         if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return ops.conv2d(x, residual, self._tables(), self.form)
+            return ops.conv2d(x, residual, self._tables(), self.form, out)
         team = threads.available()
         key = (x.shape, residual is None, team)
         found = self._plans.get(key)
         if found is None:
             found = plan(self._form, tuple(x.shape), residual is not None, len(self.blocks) - 1, team)
             self._plans[key] = found
-        return execute(found, x, residual, self._tables())
+        return execute(found, x, residual, self._tables(), out)
 
     def _tables(self) -> Tables:
         return Tables(**self._buffers)  # type: ignore[arg-type]  # registered from just these fields

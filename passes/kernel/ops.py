@@ -1,7 +1,8 @@
-"""The kernel as an operation of torch, ``torch.ops.sgfx.conv2d``: `torch.compile` and `torch.export` pass through it.
+"""The kernel as operations of torch, through which `torch.compile` and `torch.export` pass.
 
-It takes everything as tensors and integers: a graph that holds it needs nothing but this package. Registering a formula
-for the shape (a *fake* kernel) is all that tracing asks for.
+``torch.ops.sgfx.conv2d`` returns a new tensor, ``conv2d_out`` writes where it is told. They take everything as tensors
+and integers: a graph that holds them needs nothing but this package. Registering a formula for the shape (a *fake*
+kernel) is all that tracing asks for.
 """
 
 from __future__ import annotations
@@ -15,31 +16,31 @@ from passes.kernel.packing import Tables
 from passes.kernel.run import Form, Placement, execute, output_shape, plan
 from passes.kernel.schedule import Tiling
 
-_library = torch.library.Library("sgfx", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "conv2d(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor filters, Tensor blocks, "
-    "int[] geometry, str activation, int[] margins, int[] tiling) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_LAYER = (
+    "Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor filters, Tensor blocks, "
+    "int[] geometry, str activation, int[] margins, int[] tiling"
 )
+_library = torch.library.Library("sgfx", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (f"conv2d({_LAYER}) -> Tensor", f"conv2d_out({_LAYER}, Tensor(a!) out) -> ()"):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
-def conv2d(x: Tensor, residual: Tensor | None, tables: Tables, form: Form) -> Tensor:
-    """Call the operation with a layer's tables and form."""
+def conv2d(x: Tensor, residual: Tensor | None, tables: Tables, form: Form, out: Tensor | None = None) -> Tensor:
+    """Call the operation with a layer's tables and form; with `out`, call the one that writes there, and return it."""
     geometry, placement = form.geometry, form.placement
     numbers = [
         geometry.out_channels, geometry.in_channels,
         *geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation,
     ]  # fmt: skip
-    margins = [
-        number
-        for each in (placement.reads, placement.adds, placement.writes)
-        for number in (each.top, each.bottom, each.right)
-    ]
-    result: Tensor = torch.ops.sgfx.conv2d(
-        x, residual, tables.weight, tables.bias, tables.inputs, tables.filters, tables.blocks,
-        numbers, form.activation or "", margins, [form.tiling.strip, form.tiling.tasks],
-    )  # fmt: skip
-    return result
+    places = (placement.reads, placement.adds, placement.writes)
+    margins = [number for each in places for number in (each.top, each.bottom, each.right)]
+    tiling = [form.tiling.strip, form.tiling.tasks]
+    arguments = (x, residual, *tables, numbers, form.activation or "", margins, tiling)
+    if out is None:
+        result: Tensor = torch.ops.sgfx.conv2d(*arguments)
+        return result
+    torch.ops.sgfx.conv2d_out(*arguments, out)
+    return out
 
 
 def _form(geometry: list[int], activation: str, margins: list[int], tiling: list[int]) -> Form:
@@ -61,6 +62,22 @@ def _conv2d(
     form = _form(geometry, activation, margins, tiling)
     found = plan(form, tuple(x.shape), residual is not None, len(blocks) - 1, threads.available())
     return execute(found, x, residual, Tables(weight, bias, inputs, filters, blocks))
+
+
+@torch.library.impl(_library, "conv2d_out", "CPU")
+def _conv2d_out(
+    x: Tensor, residual: Tensor | None,
+    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    geometry: list[int], activation: str, margins: list[int], tiling: list[int], out: Tensor,
+) -> None:  # fmt: skip
+    form = _form(geometry, activation, margins, tiling)
+    found = plan(form, tuple(x.shape), residual is not None, len(blocks) - 1, threads.available())
+    execute(found, x, residual, Tables(weight, bias, inputs, filters, blocks), out)
+
+
+@torch.library.register_fake("sgfx::conv2d_out", lib=_library)  # type: ignore[untyped-decorator]
+def _conv2d_out_fake(*_: object) -> None:
+    """Nothing to say: the shape is that of ``out``."""
 
 
 @torch.library.register_fake("sgfx::conv2d", lib=_library)  # type: ignore[untyped-decorator]

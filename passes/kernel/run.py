@@ -112,9 +112,6 @@ def plan(form: Form, shape: tuple[int, ...], has_residual: bool, pieces: int, te
     call.kernels, call.iota, call.block_count = ctypes.addressof(kernels.addresses), ctypes.addressof(_IOTA), pieces
     does = activation(form.activation)
     call.code, call.low, call.high = does.code, does.low, does.high
-    call.out_image = geometry.out_channels * call.out_channel
-    call.residual_image = geometry.out_channels * call.residual_channel
-    call.picture_image = geometry.in_channels * call.picture_channel
     return Plan(
         schedule=found,
         template=call,
@@ -126,23 +123,25 @@ def plan(form: Form, shape: tuple[int, ...], has_residual: bool, pieces: int, te
     )
 
 
-def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> Tensor:
+def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out: Tensor | None = None) -> Tensor:
     """Compute ``activation(layer(x) + residual)``.
 
     Args:
         plan: for an input of this shape.
-        x: fp32 ``[N, C_in, H, W]`` on the CPU, margins included; copied if it is not contiguous.
-        residual: what to add, margins included, or None.
+        x: fp32 ``[N, C_in, H, W]`` on the CPU, margins included; copied unless each image is contiguous.
+        residual: what to add, margins included, or None; likewise.
         tables: the packed layer.
+        out: where to write, or None for a new tensor. Each image must be contiguous, so a range of the channels of a
+            wider tensor will do.
 
     Returns:
-        fp32 ``[N, C_out, H', W']``, margins included.
+        fp32 ``[N, C_out, H', W']``, margins included: `out` if that was given.
     """
-    _check(plan, x, residual, tables)
-    out, found = torch.empty(plan.out_shape), plan.schedule
+    _check(plan, x, residual, tables, out)
+    out, found = torch.empty(plan.out_shape) if out is None else out, plan.schedule
     if out.numel() == 0:
         return out
-    x = x.contiguous()
+    x = _by_image(x)
     call = Call.from_buffer_copy(plan.template)
     call.address = address = ctypes.addressof(call)
     call.weight, call.bias = tables.weight.data_ptr(), tables.bias.data_ptr()
@@ -152,9 +151,10 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> T
         tables.blocks.data_ptr(),
     )
     call.out = out.data_ptr() + 4 * call.out_top * call.out_row
-    call.x = x.data_ptr()
+    call.out_image, call.x, call.picture_image = out.stride(0), x.data_ptr(), x.stride(0)
     if residual is not None:
-        residual = residual.contiguous()
+        residual = _by_image(residual)
+        call.residual_image = residual.stride(0)
         call.residual = residual.data_ptr() + 4 * plan.adds_from
     if found.tiles:
         tiles = torch.empty(found.tiles)
@@ -165,13 +165,25 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> T
         call.picture, call.planes, call.x = call.x + 4 * plan.reads_from, planes.data_ptr(), planes.data_ptr()
         threads.run(copy, copy_address, address, min(found.threads, call.images * call.channels))
         call.next_task = call.next_slot = 0
+    else:
+        call.x_image = x.stride(0)
     threads.run(multiply, multiply_address, address, found.threads)
     return out
 
 
-def _check(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables) -> None:
-    for name, tensor in (("input", x), ("residual", residual), ("weight", tables.weight)):
+def _by_image(tensor: Tensor) -> Tensor:
+    """The tensor itself if each of its images is contiguous, else a contiguous copy."""
+    return tensor if tensor.is_contiguous() or tensor[0].is_contiguous() else tensor.contiguous()
+
+
+def _check(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out: Tensor | None) -> None:
+    for name, tensor in (("input", x), ("residual", residual), ("weight", tables.weight), ("out", out)):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
             raise InputError(f"the kernel computes fp32 on the CPU; the {name} is {tensor.dtype} on {tensor.device}")
     if residual is not None and residual.shape != plan.residual_shape:
         raise InputError(f"the residual must be {list(plan.residual_shape or ())}, not {list(residual.shape)}")
+    if out is None:
+        return
+    if out.shape != plan.out_shape or (out.numel() and not out[0].is_contiguous()):
+        found = f"{list(out.shape)} with strides {out.stride()}"
+        raise InputError(f"out must be {list(plan.out_shape)} with contiguous images, not {found}")

@@ -77,6 +77,34 @@ def test_opcheck(conv: nn.Conv2d) -> None:
     torch.library.opcheck(torch.ops.sgfx.conv2d.default, arguments(packed, torch.randn(2, 12, 15, 15)))
 
 
+def test_writing_into_a_range_of_channels(conv: nn.Conv2d) -> None:
+    packed = pack_layer(conv, activation="relu")
+    wide, x = torch.full((2, 30, 8, 8), 7.0), torch.randn(2, 30, 15, 15)
+    expected = packed(x[:, 4:16].contiguous())
+    packed.write(wide[:, 6:26], x[:, 4:16])
+    assert torch.equal(wide[:, 6:26], expected)
+    assert wide[:, :6].eq(7).all()
+    assert wide[:, 26:].eq(7).all()
+    with pytest.raises(InputError, match=r"out must be \[2, 20, 8, 8\] with contiguous images, not \[2, 30, 8, 8\]"):
+        packed.write(wide, x[:, 4:16])
+    torch.library.opcheck(torch.ops.sgfx.conv2d_out.default, (*arguments(packed, x[:, 4:16]), wide[:, 6:26]))
+
+
+def test_compile_keeps_what_was_written(conv: nn.Conv2d) -> None:
+    packed = pack_layer(conv, activation="relu")
+
+    def twice(x: Tensor) -> Tensor:
+        wide = x.new_zeros(len(x), 40, 8, 8)
+        packed.write(wide[:, :20], x)
+        packed.write(wide[:, 20:], x)
+        return wide
+
+    x = torch.randn(2, 12, 15, 15)
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), packed(x).repeat(1, 2, 1, 1))
+
+
 def test_export_passes_through(conv: nn.Conv2d) -> None:
     packed = pack_layer(conv, activation="relu")
     x = torch.randn(2, 12, 15, 15)

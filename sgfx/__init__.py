@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from passes.errors import InputError, PassError
     from passes.freezing.decisions import Decisions
     from passes.plan import LayerPlan, plans
+    from sgfx.calibration import calibrate
     from sgfx.compiler import compile
     from sgfx.exporting import Exported, export
     from sgfx.files import load, save
@@ -34,6 +35,7 @@ _HOMES = {
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
     "Verification": "sgfx.verification",
+    "calibrate": "sgfx.calibration",
     "compile": "sgfx.compiler",
     "export": "sgfx.exporting",
     "freeze": "sgfx.freezing",
@@ -57,6 +59,7 @@ __all__ = [
     "Step",
     "Trainer",
     "Verification",
+    "calibrate",
     "compile",
     "export",
     "freeze",

@@ -16,6 +16,7 @@ from passes.pipeline import ANALYSIS, ELIMINATION, LOWERING, PLANNING
 from passes.plan import LayerPlan
 from passes.settings import LeafModules, as_inputs, checked_settings, resolved_leaves
 from passes.unit import Unit
+from sgfx.calibration import calibrate
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,6 +38,7 @@ def compile(
     finetune: Callable[[M, Step], object] | None = None,
     eliminate: bool = False,
     leaf_modules: LeafModules = (),
+    calibration: Any = None,
 ) -> M:
     """Regroup the convolutions and linear layers of a trained model physically.
 
@@ -44,8 +46,8 @@ def compile(
     ordinary module: train it, pickle it, move it. `sgfx.plans` and `sgfx.report` say what became of each layer.
 
     Args:
-        model: a trained model. It is neither run nor changed. If torch.fx can't trace it whole, its largest traceable
-            parts are compiled.
+        model: a trained model. It is not changed, and only run for `calibration`. If torch.fx can't trace it whole, its
+            largest traceable parts are compiled.
         groups: groups per layer, at most; clipped to the layer's filters.
         ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
         linear_ratio: the same for linear layers; None means `ratio`.
@@ -67,6 +69,7 @@ def compile(
             up the network. Exact too, but tensors then have fewer channels than in `model`.
         leaf_modules: names, patterns, modules or classes of modules that are not to be traced into: what cannot be
             understood from their code. Layers inside them count as outside the traced parts.
+        calibration: unlabelled examples, as `sgfx.calibrate` takes them, to re-solve the kept weights on.
 
     Raises:
         InputError: (a ValueError) the model or an option can't be compiled; names the layer and the way out.
@@ -91,6 +94,8 @@ def compile(
         raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
     else:
         small = _compile_at_once(model, options)
+    if calibration is not None:
+        calibrate(model, small, calibration)
     if eliminate:
         eliminated(small, options)
     if not inplace:

@@ -61,7 +61,7 @@ SIGNATURES = {
     sgfx.compile: {
         "groups": 8, "ratio": ..., "linear_ratio": None, "ignore": (), "overrides": None, "criterion": "l1",
         "example_inputs": None, "seed": 0, "inplace": False, "step": None, "finetune": None,
-        "eliminate": False, "leaf_modules": (),
+        "eliminate": False, "leaf_modules": (), "calibration": None,
     },
     sgfx.Pruner: {
         "groups": 8, "ratio": ..., "step": ..., "linear_ratio": None, "ignore": (), "overrides": None,

@@ -1,0 +1,181 @@
+"""The walk over the dense and the compressed graph in step: every batch passes each node once.
+
+1. Both graphs have the same nodes. The walk stops before the first call of each regrouped layer; all batches reach a
+   stop before any goes on, so that what is behind it sees the layer's new weights.
+2. A value is dropped after its last reader. Between stops only one batch is in work.
+3. What the batches hold at a stop stays below `LIMIT` bytes: batches beyond it are let go of and run again from the
+   start at the next stop. It is early stops that hold much, and the way to them is short.
+4. A value that is needed ahead of its turn (what a shortcut adds) is computed on the side, where no layer that is still
+   to be solved and nothing that works in place lies on the way.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from passes.errors import InputError
+from passes.layers.grouped import Grouped
+
+LIMIT = 2 << 30  # bytes of values that batches hold at a stop
+
+
+def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None if it calls none."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+class Walk:
+    """Takes batches through a dense and a compressed graph, from stop to stop.
+
+    Args:
+        dense: an eval graph.
+        small: the eval graph of a compressed form of the same model.
+        batches: the positional arguments of every batch, for the dense and for the compressed graph.
+        limit: bytes of values that the batches may hold at a stop.
+
+    Raises:
+        InputError: the graphs have different nodes.
+    """
+
+    def __init__(
+        self,
+        dense: fx.GraphModule,
+        small: fx.GraphModule,
+        batches: list[tuple[tuple[Any, ...], tuple[Any, ...]]],
+        limit: int = LIMIT,
+    ) -> None:
+        """Compare the graphs, and note where each value is read last."""
+        self.nodes = list(dense.graph.nodes)
+        twins = list(small.graph.nodes)
+        if [(n.op, str(n.target)) for n in self.nodes] != [(n.op, str(n.target)) for n in twins]:
+            raise InputError("small is no compressed form of dense: torch.fx finds other operations in it")
+        self.graphs = (dense, small)
+        self.twins = dict(zip(self.nodes, twins, strict=True))
+        self.replays = (fx.Interpreter(dense), fx.Interpreter(small))
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
+        self.batches = batches
+        self._held: list[Held | None] = [None] * len(batches)
+        self._limit = limit
+
+    def stops(self) -> Iterator[fx.Node]:
+        """The first call of each regrouped layer, in order of execution."""
+        seen = set()
+        for node in self.nodes:
+            if isinstance(self.module(node), Grouped) and node.target not in seen:
+                seen.add(node.target)
+                yield node
+
+    def calls_with(self, stop: fx.Node) -> list[fx.Node]:
+        """The calls of the layer at `stop` whose inputs can be known there, itself included."""
+        calls = [node for node in self.nodes if node.op == "call_module" and node.target == stop.target]
+        return [node for node in calls if self.route(stop, node.all_input_nodes) is not None]
+
+    def at(self, stop: fx.Node) -> Iterator[Held]:
+        """Bring every batch before `stop`, one after the other."""
+        held_bytes = sum(held.nbytes for held in self._held if held is not None)
+        for index, arguments in enumerate(self.batches):
+            held = self._held[index] or Held(self, arguments)
+            held_bytes -= held.nbytes if self._held[index] else 0
+            self._held[index] = None
+            held.advance(self.position[stop])
+            yield held
+            if held_bytes + held.nbytes <= self._limit:
+                self._held[index] = held
+                held_bytes += held.nbytes
+
+    def route(self, stop: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node] | None:
+        """The nodes from `stop` on that lead to `wanted`, in order; None if they can't be computed on the side."""
+        found: set[fx.Node] = set()
+        todo = list(wanted)
+        while todo:
+            node = todo.pop()
+            if self.position[node] < self.position[stop]:
+                if self.last[node] < self.position[stop]:
+                    return None  # dropped: its readers are done with it
+            elif isinstance(self.module(node), Grouped) or works_in_place(self.graphs[0], node):
+                return None
+            elif node not in found:
+                found.add(node)
+                todo += node.all_input_nodes
+        return sorted(found, key=self.position.__getitem__)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls in the compressed graph, or None if it calls none."""
+        return module_of(self.graphs[1], self.twins[node])
+
+
+class Held:
+    """One batch on its way through both graphs, and the values that it still needs."""
+
+    def __init__(self, walk: Walk, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
+        """Start with the arguments of the batch."""
+        self._walk = walk
+        self._arguments = arguments
+        self._values: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held, arguments left out."""
+        leaves = (value for side in self._values for value in pytree.tree_leaves(list(side.values())))
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)
+        }
+        return sum(storages.values())
+
+    def advance(self, position: int) -> None:
+        """Compute all nodes before `position`, dropping what nobody reads any more."""
+        for side in (0, 1):
+            given = iter(pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._arguments[side]))
+            for node in self._walk.nodes[self._next : position] if self._next < position else ():
+                if node.op == "placeholder":
+                    self._values[side][node] = next(given, *node.args)
+                elif node.op != "output":
+                    self._values[side][node] = self._compute(side, node, self._values[side])
+                for each in (node, *node.all_input_nodes):
+                    if self._walk.last[each] <= self._walk.position[node]:
+                        self._values[side].pop(each, None)
+        self._next = position
+
+    def value(self, side: int, node: fx.Node, stop: fx.Node) -> Any:
+        """The value of `node` in the dense (0) or the compressed (1) graph, while the batch stands before `stop`.
+
+        It must be one that `Walk.route` finds, or a call of the layer at `stop`.
+        """
+        values = dict(self._values[side])
+        if node in values:
+            return values[node]
+        called = isinstance(self._walk.module(node), Grouped)
+        route = self._walk.route(stop, node.all_input_nodes if called else [node]) or []
+        for each in [*route, node] if called else route:
+            values[each] = self._compute(side, each, values)
+        return values[node]
+
+    def _compute(self, side: int, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        replay = self._walk.replays[side]
+        twin = node if side == 0 else self._walk.twins[node]
+        own = {(n if side == 0 else self._walk.twins[n]): values[n] for n in node.all_input_nodes}
+        replay.env = own
+        try:
+            return replay.run_node(twin)
+        except Exception as error:
+            where = f"at layer {node.target!r}" if node.op == "call_module" else f"at {node.name!r}"
+            shapes = ", ".join(
+                str(tuple(x.shape)) for x in pytree.tree_leaves(self._arguments[side]) if hasattr(x, "shape")
+            )
+            raise InputError(f"data of shape {shapes} does not fit the model {where}: {error}") from error
+
+
+def works_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may change one of the tensors that it reads."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    module = module_of(graph, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    return node.target in (operator.iadd, operator.imul) or (name.endswith("_") and not name.endswith("__"))

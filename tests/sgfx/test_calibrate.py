@@ -1,0 +1,250 @@
+"""`sgfx.calibrate`: against least squares worked out apart, what it leaves alone, and its refusals."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sgfx
+from passes import calibration
+from passes.surroundings import surroundings
+from tests.passes.test_calibrating_regions import Residual, images, made
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def error(dense: nn.Module, small: nn.Module, x: Tensor) -> float:
+    difference = outputs(small, x) - outputs(dense, x)
+    return float(difference.square().mean() / outputs(dense, x).var())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_convolution_is_its_least_squares():
+    dense = made(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, stride=2, padding=1)))
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    x = images(6)
+    start = small[1].dense_weight().detach()
+    sgfx.calibrate(dense, small, x)
+    rows = F.unfold(outputs(dense[0], x), 3, stride=2, padding=1).transpose(1, 2).flatten(0, 1)
+    wanted = outputs(dense[1], outputs(dense[0], x)).flatten(2).transpose(1, 2).flatten(0, 1)
+    rows, middle = rows - rows.mean(0), wanted - wanted.mean(0)
+    penalty = 1e-3 * float(rows.square().sum(0).mean())
+    plan = sgfx.plans(small)["1"]
+    for filter_, kept in enumerate(plan.mask()):
+        keep = kept.repeat_interleave(9)
+        below = penalty**0.5 * torch.eye(int(keep.sum()), dtype=torch.float64)
+        left = torch.cat([rows[:, keep], below])
+        right = torch.cat([middle[:, filter_], below @ start[filter_].flatten()[keep]])
+        expected = torch.linalg.lstsq(left, right).solution
+        torch.testing.assert_close(
+            small[1].dense_weight()[filter_].detach().flatten()[keep], expected, rtol=1e-8, atol=1e-8
+        )
+    means = outputs(small, x).mean((0, 2, 3)), outputs(dense, x).mean((0, 2, 3))
+    torch.testing.assert_close(*means, rtol=0, atol=1e-9)  # the bias: no error on average
+
+
+def test_what_nothing_is_pruned_from_finds_back_to_the_dense_model():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.0)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.02)
+        small.stem.weight.sub_(0.02), small.stem.bias.sub_(0.02)
+        for norm in (small.bn1, small.bn2):
+            norm.weight.sub_(0.02), norm.bias.sub_(0.02)
+    before = error(dense, small, images(16))
+    assert sgfx.calibrate(dense, small, images(16)) is small
+    assert error(dense, small, images(16, seed=5)) < 1e-4 * before
+
+
+def test_calibration_takes_most_of_the_error_away():
+    dense = made(Residual())
+    pruned = sgfx.compile(dense, groups=4, ratio=0.5)
+    small = sgfx.compile(dense, groups=4, ratio=0.5, calibration=images(32))
+    assert error(dense, small, images(16, seed=5)) < 0.3 * error(dense, pruned, images(16, seed=5))
+    assert sgfx.plans(small) == sgfx.plans(pruned)
+
+
+class Sum(nn.Module):
+    """Two layers that read the same and are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.one = nn.Conv2d(8, 6, 1)
+        self.other = nn.Conv2d(8, 6, 1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.one(x) + self.norm(self.other(x))
+
+
+def test_the_layer_before_a_sum_makes_up_for_the_other_branch(monkeypatch):
+    dense = made(Sum())
+    options = {"groups": 2, "ratio": 0.75, "overrides": {"other": {"ratio": 0.0}}, "calibration": images(16)}
+    assert error(dense, sgfx.compile(dense, **options), images(16)) < 1e-4
+    monkeypatch.setattr(calibration, "surroundings", lambda *args: replace(surroundings(*args), other=None))
+    assert error(dense, sgfx.compile(dense, **options), images(16)) > 0.1
+
+
+def test_only_kept_weights_biases_and_running_means_change():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    parameters = dict(small.named_parameters())
+    before, dense_before = state(small), state(dense)
+    small.train()
+    calls = []
+    small.conv1.register_forward_hook(lambda *_: calls.append(1))
+    sgfx.calibrate(dense, small, images())
+    changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
+    layers = {f"{name}.weight" for name in ("conv1", "conv2", "conv3", "side", "head")}
+    assert changed == layers | {f"{name}.bias" for name in ("conv3", "side", "head")} | {
+        "bn1.running_mean",
+        "bn2.running_mean",
+    }
+    assert_unchanged(dense, dense_before)
+    assert all(small.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert small.training
+    assert not calls
+
+
+def test_the_same_data_give_the_same_weights():
+    dense = made(Residual())
+    first, second = (sgfx.compile(dense, groups=2, ratio=0.5, calibration=images(40)) for _ in range(2))
+    assert_unchanged(first, state(second))
+
+
+def test_batches_and_labels_make_no_difference():
+    dense = made(Residual())
+    x = images(8)
+    one = sgfx.compile(dense, groups=2, ratio=0.5, calibration=x)
+    other = sgfx.compile(dense, groups=2, ratio=0.5, calibration=iter([(x, torch.zeros(8))]))
+    assert_unchanged(one, state(other))
+
+
+def test_elimination_comes_after_calibration():
+    dense = made(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    options = {"groups": 2, "ratio": 0.8, "calibration": images(32)}
+    small = sgfx.compile(dense, **options)
+    cut = sgfx.compile(dense, eliminate=True, **options)
+    torch.testing.assert_close(outputs(cut, images()), outputs(small, images()), rtol=0, atol=1e-9)
+    assert len(next(iter(cut.parameters()))) < 6
+    with pytest.raises(sgfx.InputError, match="filters have been eliminated from small"):
+        sgfx.calibrate(dense, cut, images())
+
+
+def test_inplace_and_steps_calibrate_too():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
+    model = copy.deepcopy(dense)
+    assert sgfx.compile(model, groups=2, ratio=0.5, calibration=images(), inplace=True) is model
+    assert_unchanged(model, state(small))
+    steps = sgfx.compile(dense, groups=2, ratio=0.5, step=0.25, calibration=images(32))
+    assert error(dense, steps, images(seed=5)) < 0.3
+
+
+def test_fewer_rows_than_inputs_are_carried_by_the_ridge():
+    dense = made(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 4)))
+    small = sgfx.compile(dense, groups=2, ratio=0.25)
+    x = images(2)  # two rows, 256 inputs
+    before = error(dense, small, x)
+    sgfx.calibrate(dense, small, x)
+    assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+    assert error(dense, small, x) < 0.01 * before
+
+
+def test_wide_layers_are_solved_in_the_dual(monkeypatch):
+    dense = made(Residual())
+    primal = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
+    monkeypatch.setattr("passes.calibration.CLIPPING_ROUNDS", 0)
+    plain = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
+    monkeypatch.setattr("passes.calibration.MAX_PRIMAL", 0)
+    dual = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(dual.state_dict()[name], tensor, rtol=1e-7, atol=1e-7)
+    assert not torch.equal(plain.conv1.weight, primal.conv1.weight)
+
+
+class Untraceable(nn.Module):
+    """Two traceable parts with a branch on data between them, which calls a layer that no part holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        self.alone = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > 1e9:
+            x = -x
+        return self.second(self.alone(x))
+
+
+def test_every_region_is_calibrated_and_a_warning_names_the_rest():
+    dense = made(Untraceable())
+    small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=images(1), ignore="alone")
+    before = error(dense, small, images(seed=5))
+    sgfx.calibrate(dense, small, images(16))
+    assert error(dense, small, images(seed=5)) < 0.5 * before
+    small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=images(1))
+    alone = small.alone.weight.clone()
+    with pytest.warns(UserWarning, match="no traced part of the model calls them in eval mode: alone"):
+        sgfx.calibrate(dense, small, images(16))
+    assert torch.equal(small.alone.weight, alone)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.zeros(4, 5, 6, 6, dtype=torch.float64), "data of shape .*5, 6, 6.* at layer 'stem'"),
+        (torch.full((4, 3, 6, 6), float("nan"), dtype=torch.float64), "holds NaN"),
+        (torch.zeros(0, 3, 6, 6, dtype=torch.float64), "no examples"),
+        (iter(()), "used up before"),
+    ],
+    ids=["shape", "nan", "empty", "dry"],
+)
+def test_bad_data_are_refused_and_nothing_is_changed(data, message):
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    before = state(small)
+    with pytest.raises(sgfx.InputError, match=message):
+        sgfx.calibrate(dense, small, data)
+    assert_unchanged(small, before)
+
+
+def test_an_error_on_the_way_changes_nothing():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    dense.conv3.weight.data.fill_(float("inf"))
+    before = state(small)
+    with pytest.raises(sgfx.InputError, match="layer 'conv3' reads or yields NaN or infinite values"):
+        sgfx.calibrate(dense, small, images())
+    assert_unchanged(small, before)
+
+
+def test_other_models_are_refused():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    with pytest.raises(sgfx.InputError, match="no regrouped layers"):
+        sgfx.calibrate(dense, dense, images())
+    with pytest.raises(sgfx.InputError, match="layer 'stem' of small is not in dense"):
+        sgfx.calibrate(nn.Sequential(nn.Conv2d(3, 8, 3)), small, images())
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        sgfx.calibrate(dense, "small", images())

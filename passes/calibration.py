@@ -78,9 +78,9 @@ def calibrate_region(
         walk = Walk(dense, small, batches)
         for stop in walk.stops():
             layer: Any = walk.module(stop)
-            around = _surroundings(walk, stop)
+            around = surroundings_at(walk, stop)
             norm: Any = None if around.norm is None else walk.module(around.norm)
-            sample = _sample(walk, stop, around)
+            sample = sample_at(walk, stop, around)
             folded = norm is not None and layer.bias is None
             weight, bias = resolve(layer, sample, intercept=folded or layer.bias is not None)
             if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
@@ -100,7 +100,7 @@ def _written(module: nn.Module, name: str, path: str, value: Tensor) -> dict[str
     return {path: tensor}
 
 
-def _surroundings(walk: Walk, stop: fx.Node) -> Surroundings:
+def surroundings_at(walk: Walk, stop: fx.Node) -> Surroundings:
     """What follows a layer; less is made of it where not everything is known, or the layer has several calls."""
     found = surroundings(walk.graphs[0], stop)
     calls = [node for node in walk.nodes if node.target == stop.target]
@@ -114,7 +114,8 @@ def _surroundings(walk: Walk, stop: fx.Node) -> Surroundings:
     return found
 
 
-def _sample(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
+def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
+    """Bring all batches before `stop`, and collect what its layer reads there and should yield."""
     layer: Any = walk.module(stop)
     inputs, wanted, offsets = [], [], []
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,9 @@ from passes.selection import Selection
 from passes.unit import Pass
 
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
-PLANNING: tuple[Pass, ...] = (Importance(), Grouping(), Pruning())
+GROUPING: tuple[Pass, ...] = (Importance(), Grouping())
+PRUNING: tuple[Pass, ...] = (Pruning(),)
+PLANNING: tuple[Pass, ...] = (*GROUPING, *PRUNING)
 LOWERING: tuple[Pass, ...] = (Lowering(),)
 PRUNING_STEP: tuple[Pass, ...] = (*PLANNING, Masking())
 ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())

@@ -120,7 +120,7 @@ def select(model: nn.Module, regions: Regions, settings: Settings) -> tuple[dict
         elif reason is None and not named:
             reason = _exempt(path, layer, usage)
         if reason is None:
-            targets[path] = _target(path, layer, settings)
+            targets[path] = target_of(path, layer, settings)
         else:
             reasons[path] = reason
     if not targets:
@@ -128,7 +128,8 @@ def select(model: nn.Module, regions: Regions, settings: Settings) -> tuple[dict
     return targets, reasons
 
 
-def _target(path: str, layer: nn.Module, settings: Settings) -> Target:
+def target_of(path: str, layer: nn.Module, settings: Settings) -> Target:
+    """What the settings ask of a layer: its overrides', else what holds for all."""
     ratio = settings.ratio
     if isinstance(layer, nn.Linear) and settings.linear_ratio is not None:
         ratio = settings.linear_ratio

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.calibration import calibrate_region
@@ -50,7 +50,11 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
         TypeError: an argument is of the wrong type.
     """
     check_compiled(dense, small)
-    batches = on_device(read_examples(data, "data"), small)
+    return calibrate_on(dense, small, on_device(read_examples(data, "data"), small))
+
+
+def calibrate_on(dense: nn.Module, small: M, batches: list[Any]) -> M:
+    """The same for a `small` that is known to fit, on inputs that were read already."""
     work = shadow(small)
     for module in work.modules():
         if isinstance(module, Grouped):  # weights of its own, shared by all graphs that are made of it
@@ -90,22 +94,33 @@ def on_device(batches: list[Any], model: nn.Module) -> list[Any]:
 
 def _calibrated(dense: nn.Module, work: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     """Calibrate `work`, region by region in the order in which they run; returns what has changed."""
+    changed: dict[str, Tensor] = {}
+    for path, theirs, mine, pairs in walkable_regions(dense, work, batches):
+        for name, value in calibrate_region(theirs, mine, pairs).items():
+            changed[join(path, name)] = value
+            holder, _, leaf = join(path, name).rpartition(".")
+            getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
+    return changed
+
+
+def walkable_regions(
+    dense: nn.Module, work: nn.Module, batches: list[Any]
+) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule, list[tuple[Arguments, Arguments]]]]:
+    """The traced parts that both models have, in the order in which they run.
+
+    Yields:
+        The path, both eval graphs, and for each batch the arguments of both. Those of `work` are taken when its turn
+        has come, so that they show what has been changed before.
+    """
     parts = _regions(dense, batches[0])
     twins = {region.path: region for region in _regions(work, batches[0])}
-    changed: dict[str, Tensor] = {}
     for region in _in_order(dense, [region for region in parts if region.path in twins], batches[0]):
         theirs, mine = (_arguments(model, region.path, batches) for model in (dense, work))
         # Where the models differ in what they find (the proposals of a detector), both are given the dense one's.
         pairs = (
             [(a, b) for a, b in zip(theirs, mine, strict=True)] if _alike(theirs, mine) else [(a, a) for a in theirs]
         )
-        found = calibrate_region(region.graphs["eval"], twins[region.path].graphs["eval"], pairs)
-        for name, value in found.items():
-            path = join(region.path, name)
-            changed[path] = value
-            holder, _, leaf = path.rpartition(".")
-            getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
-    return changed
+        yield region.path, region.graphs["eval"], twins[region.path].graphs["eval"], pairs
 
 
 def _regions(model: nn.Module, example: Any) -> tuple[Region, ...]:
@@ -167,5 +182,5 @@ def _warn_of_the_rest(small: nn.Module, changed: dict[str, Tensor]) -> None:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(
             f"not calibrated, since no traced part of the model calls them in eval mode: {', '.join(left[:5])}{more}",
-            stacklevel=3,
+            stacklevel=4,
         )

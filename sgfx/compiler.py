@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 
 from passes.adoption import adopt
 from passes.copying import copy_model
 from passes.errors import InputError
+from passes.examples import read_examples
 from passes.facts import Criterion, Settings
 from passes.manager import run_passes
-from passes.pipeline import ANALYSIS, ELIMINATION, LOWERING, PLANNING
+from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
 from passes.plan import LayerPlan
-from passes.settings import LeafModules, as_inputs, checked_settings, resolved_leaves
+from passes.settings import LeafModules, as_inputs, check_model, checked_settings, resolved_leaves
 from passes.unit import Unit
-from sgfx.calibration import calibrate
+from sgfx.budgets import Budget, checked_budget, spend
+from sgfx.calibration import calibrate_on, on_device
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
+Share: TypeAlias = tuple[str, float] | None
 
 
 def compile(
     model: M,
     *,
     groups: int = 8,
-    ratio: float,
+    ratio: float | None = None,
+    budget: Budget | None = None,
     linear_ratio: float | None = None,
     ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     overrides: Mapping[str, Mapping[str, float]] | None = None,
@@ -50,6 +54,9 @@ def compile(
             largest traceable parts are compiled.
         groups: groups per layer, at most; clipped to the layer's filters.
         ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
+        budget: instead of a ratio, ``{"macs": share}`` or ``{"params": share}``: the share of the model's total, as
+            `sgfx.report` counts it, that **remains**. Each layer gets its own ratio, so that the error measured on the
+            `calibration` data is least.
         linear_ratio: the same for linear layers; None means `ratio`.
         ignore: names, glob patterns or modules to leave alone; a name covers everything below it.
         overrides: ``{name or pattern: {"groups": …, "ratio": …}}``. An exact name also lifts the rules that leave the
@@ -79,7 +86,7 @@ def compile(
         raise TypeError(f"finetune must be callable as finetune(model, step), not {finetune!r}")
     options: dict[str, Any] = {
         "groups": groups,
-        "ratio": ratio,
+        "ratio": 0.0 if ratio is None else ratio,
         "linear_ratio": linear_ratio,
         "ignore": ignore,
         "overrides": overrides,
@@ -88,14 +95,19 @@ def compile(
         "seed": seed,
         "leaf_modules": leaf_modules,
     }
+    share = _share(ratio, budget, step, calibration)
+    batches = None
+    if calibration is not None:
+        check_model(model)
+        batches = on_device(read_examples(calibration, "calibration"), model)
     if step is not None:
         small = _compile_in_steps(model, step, finetune, options)
     elif finetune is not None:
         raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
     else:
-        small = _compile_at_once(model, options)
-    if calibration is not None:
-        calibrate(model, small, calibration)
+        small = _compile_at_once(model, options, share, batches)
+    if batches is not None:
+        calibrate_on(model, small, batches)
     if eliminate:
         eliminated(small, options)
     if not inplace:
@@ -110,10 +122,26 @@ def eliminated(small: nn.Module, options: Mapping[str, Any]) -> None:
     run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
 
 
-def _compile_at_once(model: M, options: dict[str, Any]) -> M:
+def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> Share:
+    """The checked budget, or None where a ratio is given instead."""
+    if (ratio is None) == (budget is None):
+        raise InputError(
+            "give exactly one of ratio (the share of each layer's connections that is pruned) and budget (the share of "
+            "the model's MACs or parameters that remains)"
+        )
+    if budget is None:
+        return None
+    if calibration is None:
+        raise InputError("budget measures on data what each layer can do without: give calibration too")
+    if step is not None:
+        raise InputError("step prunes to a ratio: it can't be combined with budget")
+    return checked_budget(budget)
+
+
+def _compile_at_once(model: M, options: dict[str, Any], share: Share, batches: list[Any] | None) -> M:
     """Plan on the live model, which these passes only read, and lower a copy without the weights that go anyway."""
     settings = checked_settings(model, **options)
-    plans = _planned(model, settings)
+    plans = _planned(model, settings, share, batches)
     replaced = [cast(Tensor, model.get_submodule(path).weight) for path, plan in plans.items() if plan.grouped]
     small = copy_model(model, shared=replaced)
     unit = Unit(small, settings)
@@ -122,10 +150,13 @@ def _compile_at_once(model: M, options: dict[str, Any]) -> M:
     return small
 
 
-def _planned(model: nn.Module, settings: Settings) -> dict[str, LayerPlan]:
+def _planned(model: nn.Module, settings: Settings, share: Share, batches: list[Any] | None) -> dict[str, LayerPlan]:
     """Plan every layer; graphs and importance vectors, as large as the weights, are gone when this returns."""
     unit = Unit(model, settings)
-    run_passes((*ANALYSIS, *PLANNING), unit)
+    run_passes((*ANALYSIS, *GROUPING), unit)
+    if share is not None and batches is not None:
+        spend(unit, share, batches)
+    run_passes(PRUNING, unit)
     return unit.plans
 
 

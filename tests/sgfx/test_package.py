@@ -59,8 +59,8 @@ def test_every_public_name_is_there():
 
 SIGNATURES = {
     sgfx.compile: {
-        "groups": 8, "ratio": ..., "linear_ratio": None, "ignore": (), "overrides": None, "criterion": "l1",
-        "example_inputs": None, "seed": 0, "inplace": False, "step": None, "finetune": None,
+        "groups": 8, "ratio": None, "budget": None, "linear_ratio": None, "ignore": (), "overrides": None,
+        "criterion": "l1", "example_inputs": None, "seed": 0, "inplace": False, "step": None, "finetune": None,
         "eliminate": False, "leaf_modules": (), "calibration": None,
     },
     sgfx.Pruner: {

@@ -24,7 +24,7 @@ from passes.cut import channel_counts, is_cuttable, is_depthwise, is_norm, prese
 from passes.facts import Region, Regions
 from passes.labels import compact
 from passes.layers.grouped import Grouped
-from passes.matching import covers
+from passes.matching import holders_of
 from passes.plan import LayerPlan
 from passes.regions import find_regions
 from passes.shapes import find_shapes
@@ -236,7 +236,7 @@ def uncuttable(model: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
 def _obstacle(path: str, module: nn.Module, usage: Usage, holders: dict[int, int]) -> str | None:
     if "forward" in module.__dict__ or hasattr(module, "parametrizations") or module._modules:
         return "its forward or its weight is not the usual one"
-    if any(covers(leaf, path) and leaf != path for leaf in usage.called):
+    if any(holder in usage.called for holder in holders_of(path)):
         return "inside a module that is called as a whole"
     tensors = [*module._parameters.items(), *module._buffers.items()]
     if any(f"{path}.{name}" in usage.sharers or f"{path}.{name}" in usage.read for name, _ in tensors):

@@ -22,6 +22,16 @@ def matches(entry: str, path: str) -> bool:
     return fnmatchcase(path, entry) if is_pattern(entry) else path == entry
 
 
+def holders_of(path: str) -> list[str]:
+    """Paths of the modules that hold the one at `path`, from the outside in, without the model itself.
+
+    >>> holders_of("layer1.0.conv1")
+    ['layer1', 'layer1.0']
+    """
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 def covers(entry: str, path: str) -> bool:
     """Whether a name or pattern means this path or a module that holds it ("" is the whole model).
 
@@ -30,5 +40,4 @@ def covers(entry: str, path: str) -> bool:
     """
     if not entry:
         return True
-    parts = path.split(".")
-    return any(matches(entry, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+    return any(matches(entry, each) for each in (*holders_of(path), path))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.facts import Observation
+from passes.matching import holders_of
 from passes.random_state import preserved_random_state
 from passes.shapes import without_storage
 from passes.trace import Tracing
@@ -72,8 +73,7 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def _entering(self, mode: str, path: str) -> Any:
-        parts = path.split(".")
-        holders = ["", *(".".join(parts[:end]) for end in range(1, len(parts)))] if path else []
+        holders = ["", *holders_of(path)] if path else []
 
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             self.strays.update((path, holder) for holder in holders if holder not in self._running)

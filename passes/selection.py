@@ -25,7 +25,7 @@ from passes.errors import InputError
 from passes.facts import Regions, Settings, Target
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
-from passes.matching import covers, matches
+from passes.matching import covers, holders_of, matches
 from passes.plan import layer_shape
 from passes.unit import Pass, Unit
 from passes.usage import Usage
@@ -38,9 +38,8 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
     """Say why a layer can't be regrouped at all (rules 1 and 3 to 6), or None if it can."""
     if not path:
         return "the model is a layer itself: wrap it in nn.Sequential"
-    parts = path.split(".")
-    holders = (".".join(parts[:end]) for end in range(1, len(parts)))
-    inside = next((h for h in holders if h in usage.called and h not in usage.regions.leaves), None)
+    called = (holder for holder in holders_of(path) if holder in usage.called)
+    inside = next((holder for holder in called if holder not in usage.regions.leaves), None)
     if inside is not None:
         return f"inside {inside!r}, and {usage.called[inside]} reads its parameters itself"
     return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)

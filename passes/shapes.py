@@ -16,7 +16,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from passes.cut import channel_counts, is_norm
 from passes.errors import InputError
+from passes.layers.grouped import Grouped
 from passes.random_state import preserved_random_state
 
 # Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.
@@ -125,6 +127,17 @@ class _ShapePropagation(fx.Interpreter):
         self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
         with mode, torch.no_grad():
             self.run(*fakes)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module, or say at once what its result's shape is, where torch would take many steps to say it."""
+        module = self.fetch_attr(target)
+        if is_norm(module) and len(args) == 1 and isinstance(args[0], Tensor):
+            if args[0].dim() < 2 or args[0].shape[1] != channel_counts(module)[0]:
+                raise ValueError(f"it has {channel_counts(module)[0]} channels")
+            return torch.empty_like(args[0])
+        if isinstance(module, Grouped):
+            return module.with_weight(args[0], args[0].new_empty(module._dense_shape))
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node, and say where it was when shapes do not fit."""

@@ -134,10 +134,13 @@ class Grouped(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer in its present `form`; shapes are those of the dense layer."""
-        input = self._padded(input)
         if self.form == "dense":
-            return self._call(input, self.dense_weight(), self.bias)
-        return self._forward_blocks(input)
+            return self.with_weight(input, self.dense_weight())
+        return self._forward_blocks(self._padded(input))
+
+    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Compute the layer with a dense weight, ``[C_out, C_in, *kernel]``, in place of its own."""
+        return self._call(self._padded(input), weight, self.bias)
 
     def _forward_blocks(self, x: Tensor) -> Tensor:
         """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17). A group without inputs yields its bias."""

@@ -1,60 +1,94 @@
-"""The masked model that a regrouped one stands for, made from its layer plans and present parameters alone.
+"""The masked model that a regrouped one stands for, made from its layer plans, cuts and present parameters alone.
 
-The packed rows of a grouped layer lie group after group, filter after filter, inputs ascending (`passes.layers.grouped`
-says so); what belongs where follows from ``labels`` and ``keep``. Nothing here goes through the grouped layers' own
+A small model's tensors hold some rows of the dense model's, where a row is one (filter, input) pair, or one channel of
+a bias or norm. The packed rows of a grouped layer lie group after group, filter after filter, inputs ascending; what
+belongs where follows from ``labels``, ``keep`` and what was cut. Nothing here goes through the grouped layers' own
 indices, their dense weight or the masked layers: this is the other side of a comparison with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passes.copying import shadow
+from passes.cut import Cut, cut_of, is_depthwise
 from passes.errors import InputError
-from passes.plan import LayerPlan, plans
+from passes.plan import LayerPlan, plan_of
 from passes.structure import transient
 
 
-def scatter(rows: Tensor, plan: LayerPlan) -> Tensor:
-    """Packed rows ``[connections, *kernel]`` as a dense weight ``[C_out, C_in, *kernel]``, 0 where pruned."""
-    dense = rows.new_zeros(plan.out_channels, plan.in_channels, *plan.kernel_size)
-    start = 0
-    for filters, inputs in _blocks(plan):
-        end = start + len(filters) * len(inputs)
-        block = rows[start:end].reshape(len(filters), len(inputs), *plan.kernel_size)
-        dense[filters[:, None], inputs[None, :]] = block
-        start = end
-    return dense
+def kept_rows(shape: Sequence[int], plan: LayerPlan | None, cut: Cut) -> Tensor:
+    """Which rows of a dense tensor are there in the small model, in the small model's order.
+
+    Args:
+        shape: of the dense tensor, ``[C_out, C_in, …]`` or ``[C]``.
+        plan: of the layer, in the dense numbering; None for a norm, or a layer that is in no plan.
+        cut: which channels remain.
+
+    Returns:
+        int64 ``[rows]``, numbers of the rows of the dense tensor as `as_rows` has them.
+    """
+    rows = torch.arange(math.prod(shape[:2])).view(tuple(shape[:2]))
+    if not shape:
+        return rows.view(1)
+    outputs = torch.arange(shape[0]) if cut.outputs is None else cut.outputs
+    if len(shape) == 1:
+        return rows[outputs]
+    inputs = torch.arange(shape[1]) if cut.inputs is None else cut.inputs
+    if plan is None or plan.labels is None or plan.keep is None:
+        return rows[outputs][:, inputs].flatten()
+    blocks = [
+        rows[outputs[plan.labels[outputs] == group]][:, inputs[keep[inputs]]] for group, keep in enumerate(plan.keep)
+    ]
+    return torch.cat([block.flatten() for block in blocks])
 
 
-def gather(dense: Tensor, plan: LayerPlan) -> Tensor:
-    """The rows ``[connections, *kernel]`` of a dense weight that the plan keeps, in packed order."""
-    return torch.cat([dense[f[:, None], i[None, :]].flatten(0, 1) for f, i in _blocks(plan)])
+def as_rows(dense: Tensor) -> Tensor:
+    """A view of a dense tensor as rows: ``[C_out·C_in, …]``, ``[C]`` or ``[1]``."""
+    return dense.flatten(0, 1) if dense.dim() > 1 else dense.reshape(-1)
 
 
-def _blocks(plan: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Filters and inputs of each group."""
-    if plan.labels is None or plan.keep is None:
-        raise InputError("a layer that was left alone has no groups")
-    for group, keep in enumerate(plan.keep):
-        yield (plan.labels == group).nonzero()[:, 0], keep.nonzero()[:, 0]
+def rows_by_name(dense: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+    """For each parameter and buffer of `dense` by its name: which of its rows `small` has, in order."""
+    found = {}
+    for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
+        module = _module(small, name.rpartition(".")[0])
+        plan, cut = (None, Cut()) if module is None else (plan_of(module), cut_of(module))
+        if is_depthwise(dense.get_submodule(name.rpartition(".")[0])):
+            cut = Cut(cut.outputs)  # the second dimension of its weight is 1, and stays
+        is_weight = name.rpartition(".")[2] == "weight"
+        found[name] = kept_rows(tensor.shape, plan if is_weight else None, cut)
+    return found
 
 
 def masked_reference(dense: nn.Module, small: nn.Module) -> nn.Module:
     """A copy of `dense`, without hooks, filled with the parameters and buffers that `small` has now.
 
+    A pruned weight is 0. A channel that was eliminated keeps what `dense` has there, since nobody reads it.
+
     Raises:
         InputError: the two do not belong together; names the tensor.
     """
     reference = shadow(dense)
-    values = {
-        id(tensor): nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        for tensor, value in _values(reference, small)
-    }
+    theirs, caches = dict([*small.named_parameters(), *small.named_buffers()]), transient(reference)
+    values: dict[int, Tensor] = {}
+    rows = rows_by_name(dense, small)
+    for name, mine in [*reference.named_parameters(), *reference.named_buffers()]:
+        plan = plan_of(_module(small, name.rpartition(".")[0]) or small)
+        masked = name.rpartition(".")[2] == "weight" and plan is not None and plan.grouped
+        given = theirs.get(name)
+        if given is not None and given.numel() == as_rows(mine)[rows[name]].numel():
+            filled = torch.zeros_like(mine) if masked else mine.detach().clone()
+            filled = filled.to(given.dtype, memory_format=torch.contiguous_format)
+            as_rows(filled)[rows[name]] = given.detach().reshape(-1, *mine.shape[2:])
+            values[id(mine)] = nn.Parameter(filled, mine.requires_grad) if isinstance(mine, nn.Parameter) else filled
+        elif name not in caches:
+            raise InputError(f"small is no compiled form of dense: {name!r} of dense is not in small, or differs there")
     for module in reference.modules():
         registries: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for registry in registries:
@@ -62,19 +96,8 @@ def masked_reference(dense: nn.Module, small: nn.Module) -> nn.Module:
     return reference
 
 
-def _values(reference: nn.Module, small: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tensor of the reference, and what `small` has in its place."""
-    found = plans(small)
-    theirs = dict([*small.named_parameters(), *small.named_buffers()])
-    caches = transient(reference)
-    for name, mine in [*reference.named_parameters(), *reference.named_buffers()]:
-        path, _, kind = name.rpartition(".")
-        plan = found.get(path)
-        value = theirs[name].detach() if name in theirs else None
-        if value is not None and kind == "weight" and plan is not None and plan.grouped:
-            rows = value if plan.kernel_size else value[:, 0]
-            value = scatter(rows, plan) if len(rows) == plan.connections else None
-        if value is not None and value.shape == mine.shape:
-            yield mine, value.clone()
-        elif name not in caches:
-            raise InputError(f"small is no compiled form of dense: {name!r} of dense is not in small, or differs there")
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from passes.cut import Cut, channel_counts, cuts, is_cuttable
 from passes.errors import InputError
 from passes.layers.grouped import DERIVED, GROUPED, Grouped
 from passes.plan import LayerPlan, layer_shape, plan_of, plans
@@ -27,12 +28,13 @@ def describe(model: nn.Module) -> Record:
     """The structure of `model` as dicts, lists, strings and numbers.
 
     A grouped layer is described as the dense layer it was made from, so that the description of a compiled model and
-    that of its dense twin differ in ``"plans"`` alone.
+    that of its dense twin differ in ``"plans"`` and ``"cuts"`` alone.
     """
     return {
         "model": type(model).__qualname__,
         "modules": {path: _module_record(m) for path, m in model.named_modules(remove_duplicate=False)},
         "plans": {path: plan_record(plan) for path, plan in plans(model).items()},
+        "cuts": {path: cut_record(cut) for path, cut in cuts(model).items()},
         "ties": ties(model),
         "transient": sorted(transient(model)),
     }
@@ -129,6 +131,29 @@ def plan_from_record(record: Mapping[str, Any], layer: nn.Module) -> LayerPlan:
         row[each] = True
     labels = torch.tensor(record["labels"], dtype=torch.int64)
     return LayerPlan.of(layer, labels=labels, keep=keep, requested_ratio=float(record["requested_ratio"]))
+
+
+def cut_record(cut: Cut) -> Record:
+    """A cut as plain data; `cut_from_record` is the way back."""
+    sides = {"outputs": cut.outputs, "inputs": cut.inputs}
+    return {side: None if index is None else index.tolist() for side, index in sides.items()}
+
+
+def cut_from_record(record: Mapping[str, Any], module: nn.Module) -> Cut:
+    """Make the cut of a dense or grouped `module` that nothing was cut from yet.
+
+    Raises:
+        InputError: the record is of another module, or no cut.
+    """
+    if not is_cuttable(module):
+        raise InputError(f"channels of a {type(module).__name__} can't be cut")
+    sides = {}
+    for side, count in zip(("outputs", "inputs"), channel_counts(module), strict=True):
+        index = record[side]
+        if index is not None and not (index and _is_ascending(index, count)):
+            raise InputError(f"its {side} that remain are not ascending numbers below {count}")
+        sides[side] = None if index is None else torch.tensor(index, dtype=torch.int64)
+    return Cut(**sides)
 
 
 def _is_ascending(numbers: list[int], end: int) -> bool:

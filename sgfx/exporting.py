@@ -23,8 +23,10 @@ from passes.errors import InputError
 from passes.exportable import make_exportable
 from passes.layers.grouped import Form
 from passes.layers.surgery import hook_dicts
+from passes.plan import plans
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
+from sgfx.compiler import eliminated
 from sgfx.writing import replacing
 
 Inputs: TypeAlias = tuple[Any, ...]
@@ -103,6 +105,8 @@ def export(
         inputs = _mapped(given, lambda x: x.detach().cpu().clone())
         batches = _batches(inputs) if dynamic_batch else [inputs]
         expected = [_outputs(model, batch) for batch in batches]
+        if plans(model):  # what nobody reads is not worth a place in a file
+            eliminated(model, {"example_inputs": inputs, "leaf_modules": ()})
         make_exportable(model, form or DEFAULT_FORM)
         program = _program(model, batches[0], dynamic_batch)
         with replacing(path) as temporary:

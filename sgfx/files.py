@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from passes.adoption import adopt
 from passes.copying import copy_model
+from passes.cut import apply_cuts
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
 from passes.layers.masked import Masked
 from passes.lowering import lower
-from passes.plan import LayerPlan, plan_of, plans
+from passes.plan import plan_of, plans
 from passes.settings import check_model
-from passes.structure import Record, describe, named_tensors, plan_from_record, transient
+from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
 from sgfx.writing import replacing
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 FORMAT = 1  # grows when a file means something that earlier versions of sgfx would read wrongly
 _KEY = "sgfx"
@@ -194,16 +196,20 @@ def _structure(file: Path, text: str | None) -> Record:
 def _rebuilt(model: M, structure: Record, tensors: dict[str, Tensor]) -> M:
     """A copy of `model` with the structure and values of the file, after every check."""
     _check_modules(describe(model), structure)
-    made: dict[str, LayerPlan] = {}
-    for path, record in structure["plans"].items():
-        try:
-            made[path] = plan_from_record(record, model.get_submodule(path))
-        except InputError as error:
-            raise InputError(f"layer {path!r}: {error}") from error
+    made = {path: _made(plan_from_record, path, record, model) for path, record in structure["plans"].items()}
     small = copy_model(model, shared=named_tensors(model).values())
     lower(small, made)
+    apply_cuts(small, {path: _made(cut_from_record, path, record, small) for path, record in structure["cuts"].items()})
     _fill(small, tensors, set(structure["transient"]))
     return small
+
+
+def _made(make: Callable[[Record, nn.Module], T], path: str, record: Record, model: nn.Module) -> T:
+    """The plan or cut of the module at `path`, from its record."""
+    try:
+        return make(record, model.get_submodule(path))
+    except InputError as error:
+        raise InputError(f"layer {path!r}: {error}") from error
 
 
 def _check_modules(own: Record, given: Record) -> None:

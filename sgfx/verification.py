@@ -3,7 +3,8 @@
 The reference is the dense model's structure, filled with the parameters and buffers that the small model has now
 (`passes.scattering`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
 user's, first in eval mode and then in train mode. All random states are seeded alike before each run: the two draw the
-same numbers in the same order, so dropout and stochastic depth stay on and drop the same values.
+same numbers in the same order, so dropout and stochastic depth stay on and drop the same values. Only where channels
+were eliminated would dropout draw for fewer of them: there, dropout modules are off in both.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from passes.copying import shadow
+from passes.cut import channel_dim, cut_of, cuts
 from passes.errors import InputError
 from passes.layers.masked import Masked
 from passes.plan import LayerPlan
 from passes.random_state import preserved_random_state
-from passes.scattering import gather, masked_reference, scatter
+from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.settings import as_inputs
 from sgfx.reporting import plans_of_pair
 
@@ -116,10 +119,11 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
         raise InputError(f"layer {masked!r} of small is masked, not regrouped: verify what Pruner.lower returns")
     inputs = as_inputs(example_inputs) or ()
     reference, twin = masked_reference(dense, small), shadow(small)
-    moved, weights_moved = _moved(dense, reference, found)
+    rows = rows_by_name(dense, small)
+    moved, weights_moved = _moved(dense, small, rows, found)
     with preserved_random_state():
-        eval_error, eval_layers, _ = _compare(reference, twin, found, inputs, training=False)
-        train_error, train_layers, gradient_error = _compare(reference, twin, found, inputs, training=True)
+        eval_error, eval_layers, _ = _compare(reference, twin, rows, found, inputs, training=False)
+        train_error, train_layers, gradient_error = _compare(reference, twin, rows, found, inputs, training=True)
     layers = tuple(
         LayerError(path, plan.kind, eval_layers[path], train_layers[path], weights_moved[path])
         for path, plan in found.items()
@@ -127,16 +131,15 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
     return Verification(eval_error, train_error, gradient_error, moved, layers)
 
 
-def _moved(dense: nn.Module, reference: nn.Module, found: dict[str, LayerPlan]) -> tuple[float, dict[str, float]]:
+def _moved(
+    dense: nn.Module, small: nn.Module, rows: dict[str, Tensor], found: dict[str, LayerPlan]
+) -> tuple[float, dict[str, float]]:
     """How far the kept parameters are from the dense model's: all of them, and the weight of each layer."""
-    distances: dict[str, tuple[float, float]] = {}
-    now = dict(reference.named_parameters())
-    for name, then in dense.named_parameters():
-        path, _, kind = name.rpartition(".")
-        kept, plan = then.detach().double(), found.get(path)
-        if kind == "weight" and plan is not None and plan.grouped:
-            kept = scatter(gather(kept, plan), plan)
-        distances[name] = float((now[name].detach().double() - kept).norm()), float(kept.norm())
+    now = dict(small.named_parameters())
+    distances = {}
+    for name, tensor in dense.named_parameters():
+        then = as_rows(tensor.detach())[rows[name]].double()
+        distances[name] = float((now[name].detach().double().view_as(then) - then).norm()), float(then.norm())
     each = {path: _share([distances.get(f"{path}.weight".lstrip("."), (0.0, 0.0))]) for path in found}
     return _share(distances.values()), each
 
@@ -158,30 +161,45 @@ class _Trial:
 
 
 def _compare(
-    reference: nn.Module, twin: nn.Module, found: dict[str, LayerPlan], inputs: tuple[object, ...], *, training: bool
+    reference: nn.Module,
+    twin: nn.Module,
+    rows: dict[str, Tensor],
+    found: dict[str, LayerPlan],
+    inputs: tuple[object, ...],
+    *,
+    training: bool,
 ) -> tuple[float, dict[str, float | None], float | None]:
     """Errors of the outputs, of each layer's outputs, and of the gradients."""
-    expected, actual = (_run(model, list(found), inputs, training) for model in (reference, twin))
-    layers = {
-        path: _error(actual.layers[path], expected.layers[path])
-        if actual.layers[path] or expected.layers[path]
-        else None
-        for path in found
-    }
-    return _error(actual.outputs, expected.outputs), layers, _gradient_error(actual, expected, found)
+    fewer = bool(cuts(twin))
+    expected, actual = (_run(model, list(found), inputs, training, fewer) for model in (reference, twin))
+    layers = {path: _layer_error(twin, path, actual.layers[path], expected.layers[path]) for path in found}
+    return _error(actual.outputs, expected.outputs), layers, _gradient_error(actual, expected, rows)
 
 
-def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], training: bool) -> _Trial:
+def _layer_error(twin: nn.Module, path: str, actual: list[Tensor], expected: list[Tensor]) -> float | None:
+    """Error of one layer's outputs, over the channels that remain; None if neither model calls it."""
+    layer = twin.get_submodule(path)
+    remain = cut_of(layer).outputs
+    if remain is not None:
+        expected = [x.index_select(channel_dim(layer, x.dim()), remain.to(x.device)) for x in expected]
+    return _error(actual, expected) if actual or expected else None
+
+
+def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], training: bool, fewer: bool) -> _Trial:
     layers: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def note(path: str) -> Any:  # clones, since what comes next may work in place
         return lambda _, args, output: layers[path].append(output.detach().clone())
 
     handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    model.train(training)
+    for module in model.modules() if fewer else ():
+        if isinstance(module, _DropoutNd):
+            module.eval()
     _seed()
     try:
         with torch.set_grad_enabled(training):
-            outputs = model.train(training)(*pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+            outputs = model(*pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         mode = "train" if training else "eval"
@@ -209,18 +227,13 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _gradient_error(actual: _Trial, expected: _Trial, found: dict[str, LayerPlan]) -> float | None:
+def _gradient_error(actual: _Trial, expected: _Trial, rows: dict[str, Tensor]) -> float | None:
     if not expected.gradients and not actual.gradients:
         return None
     if expected.gradients.keys() != actual.gradients.keys():
         return float("inf")
-    mine, theirs = [], []
-    for name, gradient in expected.gradients.items():
-        path, _, kind = name.rpartition(".")
-        plan = found.get(path)
-        grouped = kind == "weight" and plan is not None and plan.grouped
-        theirs.append((gather(gradient, plan) if plan is not None and grouped else gradient).flatten())
-        mine.append(actual.gradients[name].flatten())
+    theirs = [as_rows(gradient)[rows[name]].flatten() for name, gradient in expected.gradients.items()]
+    mine = [actual.gradients[name].flatten() for name in expected.gradients]
     return _error([torch.cat([x.double() for x in mine])], [torch.cat([x.double() for x in theirs])])
 
 

@@ -199,6 +199,20 @@ def test_the_live_model_is_neither_run_nor_changed(tmp_path, suffix):
     assert torch.equal(images.detach(), IMAGES)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_nobody_reads_is_not_in_the_file(tmp_path, form):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    small = compiled(model, groups=2, ratio=0.9)
+    sgfx.export(small, tmp_path / "small.pt2", IMAGES, form=form)
+    state = torch.export.load(tmp_path / "small.pt2").state_dict
+    read = int(sgfx.plans(small)["3"].keep.any(0).sum())
+    assert read < 20
+    assert state["0.weight"].shape == (read, 3, 3, 3)
+    assert state["1.weight"].shape == (read,)
+    assert small[0].weight.shape == (64, 3, 3, 3)
+
+
 def test_a_model_that_was_never_compiled_is_exported_as_it_is(tmp_path):
     torch.manual_seed(0)
     assert sgfx.export(Net(), tmp_path / "dense.pt2", IMAGES).max_difference == 0

@@ -18,6 +18,7 @@ from torchvision.models import detection
 
 import models_zoo
 import sgfx
+from passes.cut import cuts
 from passes.layers.grouped import Grouped
 from sgfx.files import _checksum
 
@@ -142,6 +143,58 @@ def test_a_compiled_backbone_comes_back_inside_its_detector(tmp_path):
     images = [torch.rand(3, 64, 64)]
     for mine, theirs in zip(loaded.eval()(images), small.eval()(images), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def eliminated_net():
+    torch.manual_seed(0)
+    return sgfx.compile(trained(Net()), groups=2, ratio=0.8, eliminate=True, overrides={"conv1": {"ratio": 0.6}})
+
+
+def test_a_model_with_fewer_channels_comes_back_with_its_cuts(tmp_path):
+    small = eliminated_net()
+    assert "block.0" in cuts(small)
+    sgfx.save(small, tmp_path / "small.safetensors")
+    into = sgfx.load(tmp_path / "small.safetensors", into=Net())
+    assert_same(into, small)
+    assert list(cuts(into)) == list(cuts(small))
+    for path, cut in cuts(small).items():
+        for mine, theirs in ((cuts(into)[path].outputs, cut.outputs), (cuts(into)[path].inputs, cut.inputs)):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+    sgfx.save(into, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+    for mode in (False, True):
+        assert torch.equal(into.train(mode)(IMAGES), small.train(mode)(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (
+            {"outputs": [0, 8], "inputs": None},
+            "layer 'block.0': its outputs that remain are not ascending numbers below 8",
+        ),
+        (
+            {"outputs": None, "inputs": [1, 1]},
+            "layer 'block.0': its inputs that remain are not ascending numbers below 8",
+        ),
+        ({"outputs": [], "inputs": None}, "layer 'block.0': its outputs that remain are not ascending numbers"),
+        ({"outputs": None}, "is malformed .*it was not written by sgfx"),
+        (
+            {"outputs": [0, 1], "inputs": None},
+            r"'block.0.weight' is float32 .* in the file and float32 .* in the model",
+        ),
+    ],
+)
+def test_forged_cuts_are_refused(tmp_path, cut, message):
+    sgfx.save(eliminated_net(), tmp_path / "small.safetensors")
+    rewrite(tmp_path / "small.safetensors", lambda structure, _: structure["cuts"].update({"block.0": cut}))
+    refused(tmp_path / "small.safetensors", message)
+
+
+def test_only_layers_and_norms_can_be_cut(file):
+    rewrite(file, lambda structure, _: structure["cuts"].update({"block.1": {"outputs": [0], "inputs": None}}))
+    refused(file, "layer 'block.1': channels of a ReLU can't be cut")
 
 
 def test_training_goes_on_alike_after_loading(file):

@@ -14,9 +14,10 @@ from torchvision.ops import StochasticDepth
 
 import models_zoo
 import sgfx
+from passes.cut import Cut, cuts
 from passes.layers.grouped import Grouped, GroupedLinear
 from passes.plan import LayerPlan
-from passes.scattering import gather, scatter
+from passes.scattering import as_rows, kept_rows
 
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -191,32 +192,72 @@ def test_a_detector_with_a_compiled_backbone():
         sgfx.verify(dense, small, (images,))
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_scattering_by_hand(data):
+class Wide(nn.Module):
+    """Of its middle layer, little is read: with its norms and a depthwise convolution, most of it can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.depthwise, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
+        self.drop, self.conv2 = nn.Dropout2d(0.3), nn.Conv2d(16, 16, 1)
+        self.bn3, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        y = torch.relu(self.bn2(self.depthwise(torch.relu(self.bn1(self.conv1(x))))))
+        return self.fc(torch.relu(self.bn3(self.conv2(self.drop(y)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_models_with_fewer_channels_are_verified_too(tuned):
+    dense, small = pair(model=Wide(), groups=2, ratio=0.8, eliminate=True, overrides={"conv1": {"ratio": 0.5}})
+    assert {"conv1", "bn1", "depthwise", "bn2", "conv2"} <= set(cuts(small))
+    if tuned:
+        with torch.no_grad():
+            for tensor in small.parameters():
+                tensor.mul_(1.25)
+            small.bn1.running_mean.add_(0.1)
+    found = sgfx.verify(dense, small, IMAGES)
+    assert found.max_error < 1e-12
+    assert found.gradient_error < 1e-12
+    assert found.moved == pytest.approx(0.25 if tuned else 0)
+    small.bn2.weight.data = small.bn2.weight.data.flip(0) + 0.5  # it serves as a parameter, so this is no error
+    assert sgfx.verify(dense, small, IMAGES).max_error < 1e-12
+    small.conv2._rows = small.conv2._rows.flip(0)
+    assert sgfx.verify(dense, small, IMAGES).max_error > 1e-4
+
+
+def draw_structure(data):
     filters, inputs, groups = (data.draw(st.integers(1, 6), label) for label in ("filters", "inputs", "groups"))
     groups = min(groups, filters)
-    labels = [
-        *range(groups),
-        *data.draw(st.lists(st.integers(0, groups - 1), min_size=filters - groups, max_size=filters - groups)),
+    rest = data.draw(st.lists(st.integers(0, groups - 1), min_size=filters - groups, max_size=filters - groups))
+    row = st.lists(st.booleans(), min_size=inputs, max_size=inputs)
+    keep = data.draw(st.lists(row, min_size=groups, max_size=groups))
+    cut = [data.draw(st.none() | st.sets(st.integers(0, count - 1), min_size=1)) for count in (filters, inputs)]
+    return [*range(groups), *rest], keep, cut
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_kept_rows_by_hand(data):
+    labels, keep, (outputs, inputs) = draw_structure(data)
+    shape = len(labels), len(keep[0])
+    plan = LayerPlan("Conv2d", shape[1], shape[0], (1, 2), torch.tensor(labels), torch.tensor(keep), 0.0)
+    cut = Cut(*(None if side is None else torch.tensor(sorted(side)) for side in (outputs, inputs)))
+    weight = torch.rand(*shape, 1, 2)
+    expected = [
+        weight[filter_, channel]
+        for group in range(len(keep))
+        for filter_ in range(shape[0])
+        for channel in range(shape[1])
+        if labels[filter_] == group and keep[group][channel]
+        if outputs is None or filter_ in outputs
+        if inputs is None or channel in inputs
     ]
-    keep = data.draw(
-        st.lists(st.lists(st.booleans(), min_size=inputs, max_size=inputs), min_size=groups, max_size=groups)
-    )
-    plan = LayerPlan(
-        "Conv2d", inputs, filters, (1, 2), torch.tensor(labels), torch.tensor(keep).view(groups, inputs), 0.0
-    )
-    rows = torch.arange(1.0, 1 + 2 * plan.connections).view(-1, 1, 2)
-    expected = torch.zeros(filters, inputs, 1, 2)
-    row = 0
-    for group in range(groups):
-        for filter_ in range(filters):
-            for channel in range(inputs):
-                if labels[filter_] == group and keep[group][channel]:
-                    expected[filter_, channel] = rows[row]
-                    row += 1
-    assert torch.equal(scatter(rows, plan), expected)
-    assert torch.equal(gather(expected, plan), rows)
+    actual = as_rows(weight)[kept_rows(weight.shape, plan, cut)]
+    assert torch.equal(actual, torch.stack(expected) if expected else torch.zeros(0, 1, 2))
+    bias = as_rows(weight[:, 0, 0, 0])[kept_rows(shape[:1], None, cut)]
+    assert torch.equal(bias, weight[sorted(range(shape[0]) if outputs is None else outputs), 0, 0, 0])
+    assert kept_rows((), None, Cut()).tolist() == [0]
 
 
 # What is refused.

@@ -12,7 +12,7 @@ _INTEGERS = (
     # Progress, shared by the threads of a call; `address` is the structure's own.
     *("address", "next_task", "next_slot"),
     # Work: images × strips of pixels × chunks of blocks.
-    *("tasks", "images", "strips", "chunks", "lanes", "kernels"),
+    *("tasks", "images", "strips", "chunks", "lanes", "kernels", "prefetch"),
     # What is read: input rows of `pixels` pixels; the layer's tables (see packing.py).
     *("x", "x_image", "x_channel", "pixels", "taps", "tap_count"),
     *("inputs", "weight", "bias", "filters", "blocks", "block_count"),
@@ -26,7 +26,8 @@ _INTEGERS = (
     # The copy that pads a picture or splits it into the phases of a stride.
     *("picture", "picture_image", "picture_channel", "picture_row", "height", "width"),
     *("planes", "planes_image", "planes_channel", "planes_phase", "plane_rows", "plane_row"),
-    *("phases", "phase_count", "stride_height", "stride_width", "shift_top", "shift_left", "channels"),
+    *("phases", "phase_count", "stride_height", "stride_width", "shift_top", "shift_left"),
+    *("channels", "copied_at_once", "one_pixel"),
 )
 
 

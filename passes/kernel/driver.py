@@ -86,6 +86,21 @@ def _clear_four(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Ask for a line of memory, to be read soon."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, number = ir.PointerType(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, soon, data = number(0), number(2), number(1)
+        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, soon, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def _copy_every_other(typing: Any, to: Any, source: Any) -> Any:
     """Copy numbers 0, 2, 4 and 6."""
 
@@ -144,91 +159,100 @@ def _copy(to: int, source: int, count: int) -> None:
 
 
 @_jit
-def _copy_row(call: Any, to: int, source: int, phase_column: int) -> None:
-    """Fill one row of a plane: every stride-th pixel of a row of the picture, and zeros around it."""
-    there, here = _floats(to), _floats(source)
-    step, shift = call.stride_width, phase_column - call.shift_left
-    first = min(max(0, (-shift + step - 1) // step), call.plane_row)
-    end = max(first, min(call.plane_row, (call.width - shift + step - 1) // step))
-    for column in range(first):
-        there[column] = np.float32(0)
+def _copy_row(to: int, source: int, count: int, step: int) -> None:
+    """Copy every step-th of the numbers at `source`."""
     if step == 1:
-        _copy(to + 4 * first, source + 4 * (first + shift), end - first)
-    elif step == 2 and end - first >= 4:
-        for column in range(first, end - 3, 4):
-            _copy_every_other(to + 4 * column, source + 4 * (2 * column + shift))
-        _copy_every_other(to + 4 * (end - 4), source + 4 * (2 * (end - 4) + shift))
+        _copy(to, source, count)
+    elif step == 2 and count >= 4:
+        for column in range(0, count - 3, 4):
+            _copy_every_other(to + 4 * column, source + 8 * column)
+        _copy_every_other(to + 4 * (count - 4), source + 8 * (count - 4))
     else:
-        for column in range(first, end):
-            there[column] = here[column * step + shift]
-    for column in range(end, call.plane_row):
-        there[column] = np.float32(0)
+        there, here = _floats(to), _floats(source)
+        for column in range(count):
+            there[column] = here[column * step]
 
 
 @_jit
-def _copy_channel(call: Any, task: int) -> None:
-    image, channel = task // call.channels, task % call.channels
-    picture = call.picture + 4 * (image * call.picture_image + channel * call.picture_channel)
-    planes = call.planes + 4 * (image * call.planes_image + channel * call.planes_channel)
+def _copy_phase(call: Any, picture: int, plane: int, down: int, right: int) -> None:
+    """Fill one plane of a channel: pixels ``step · i + down, step · j + right`` of its padded picture."""
+    step, shift, row = call.stride_width, right - call.shift_left, call.plane_row
+    first = min(max(0, (-shift + step - 1) // step), row)
+    end = max(first, min(row, (call.width - shift + step - 1) // step))
+    for line in range(call.plane_rows):
+        to, there = plane + 4 * line * row, line * call.stride_height + down - call.shift_top
+        if there < 0 or there >= call.height:
+            _clear(to, row)
+            continue
+        source = picture + 4 * (there * call.picture_row + first * step + shift)
+        _clear(to, first)
+        _copy_row(to + 4 * first, source, end - first, step)
+        _clear(to + 4 * end, row - end)
+
+
+@_jit
+def _copy_channels(call: Any, task: int) -> None:
+    """Fill the planes of `copied_at_once` channels of an image."""
+    parts = (call.channels + call.copied_at_once - 1) // call.copied_at_once
+    image, start = task // parts, task % parts * call.copied_at_once
+    pictures, planes = call.picture + 4 * image * call.picture_image, call.planes + 4 * image * call.planes_image
     phases = _integers(call.phases)
-    for phase in range(call.phase_count):
-        for row in range(call.plane_rows):
-            to = planes + 4 * (phase * call.planes_phase + row * call.plane_row)
-            line = row * call.stride_height + phases[2 * phase] - call.shift_top
-            if 0 <= line < call.height:
-                _copy_row(call, to, picture + 4 * line * call.picture_row, phases[2 * phase + 1])
-            else:
-                _clear(to, call.plane_row)
+    for channel in range(start, min(start + call.copied_at_once, call.channels)):
+        picture, plane = pictures + 4 * channel * call.picture_channel, planes + 4 * channel * call.planes_channel
+        if call.one_pixel != 0:
+            _floats(plane)[0] = _floats(picture)[0]
+            continue
+        for phase in range(call.phase_count):
+            down, right = phases[2 * phase], phases[2 * phase + 1]
+            _copy_phase(call, picture, plane + 4 * phase * call.planes_phase, down, right)
 
 
 @_jit
-def _first_row(call: Any, pixel: int) -> int:
-    """The first row that ends behind `pixel`, or the one before it."""
+def _first_row(call: Any, pixel: int) -> tuple[int, int]:
+    """The image and the row in it that contain `pixel`, or in whose margin it lies."""
     image = pixel // call.image_pixels
-    within = min((pixel - image * call.image_pixels) // call.row, call.rows_per_image - 1)
-    return image * call.rows_per_image + within
-
-
-@_jit
-def _row_start(call: Any, row: int) -> int:
-    return row // call.rows_per_image * call.image_pixels + row % call.rows_per_image * call.row
+    return image, min((pixel - image * call.image_pixels) // call.row, call.rows_per_image - 1)
 
 
 @_jit
 def _place(call: Any, tile: int, first: int, end: int, out: int) -> None:
     """Copy pixels ``first … end`` of one filter from its tile into the picture, and clear the margins they touch."""
-    gap, per_image = call.out_row - call.columns, call.rows_per_image
-    row = _first_row(call, first)
-    while row < call.rows:
-        start = _row_start(call, row)
-        if start >= end:
-            return
+    image, row = _first_row(call, first)
+    start = image * call.image_pixels + row * call.row
+    while start < end:
         left, right = max(start, first), min(start + call.columns, end)
-        line = out + 4 * (row // per_image * call.out_image + row % per_image * call.out_row)
+        line = out + 4 * (image * call.out_image + row * call.out_row)
         if left < right:
             _copy(line + 4 * (left - start), tile + 4 * (left - first), right - left)
-            if left == start and row % per_image == 0:
+            if left == start and row == 0:
                 _clear(line - 4 * call.out_top * call.out_row, call.out_top * call.out_row)
             if right == start + call.columns:
-                below = call.out_bottom if row % per_image == per_image - 1 else 0
-                _clear(line + 4 * call.columns, gap + below * call.out_row)
+                below = call.out_bottom if row == call.rows_per_image - 1 else 0
+                _clear(line + 4 * call.columns, call.out_row - call.columns + below * call.out_row)
         row += 1
+        start += call.row
+        if row == call.rows_per_image:
+            image, row, start = image + 1, 0, (image + 1) * call.image_pixels
+            if image == call.rows // call.rows_per_image:
+                return
 
 
 @_jit
 def _fetch(call: Any, tile: int, first: int, end: int, residual: int) -> None:
     """Copy what is to be added to pixels ``first … end`` of one filter into its tile."""
-    per_image = call.rows_per_image
-    row = _first_row(call, first)
-    while row < call.rows:
-        start = _row_start(call, row)
-        if start >= end:
-            return
+    image, row = _first_row(call, first)
+    start = image * call.image_pixels + row * call.row
+    while start < end:
         left, right = max(start, first), min(start + call.columns, end)
-        line = residual + 4 * (row // per_image * call.residual_image + row % per_image * call.residual_row)
+        line = residual + 4 * (image * call.residual_image + row * call.residual_row)
         if left < right:
             _copy(tile + 4 * (left - first), line + 4 * (left - start), right - left)
         row += 1
+        start += call.row
+        if row == call.rows_per_image:
+            image, row, start = image + 1, 0, (image + 1) * call.image_pixels
+            if image == call.rows // call.rows_per_image:
+                return
 
 
 @_jit
@@ -322,6 +346,13 @@ def _multiply_task(call: Any, task: int, tiles: int) -> None:
     first = strip * vectors // call.strips * call.lanes
     end = min((strip + 1) * vectors // call.strips * call.lanes, call.pixels)
     x = call.x + 4 * (image * call.x_image + first)
+    if call.prefetch != 0:
+        taps = _integers(call.taps)
+        reach = end - first + taps[call.tap_count - 1] - taps[0]
+        for channel in range(call.channels):
+            start = x + 4 * (channel * call.x_channel + taps[0])
+            for line in range(start, start + 4 * reach, 64):
+                _prefetch(line)
     for block in range(_first_block(call, chunk), _first_block(call, chunk + 1)):
         _run_block(call, block, x, image, first, end, tiles)
 
@@ -338,12 +369,12 @@ def _compile(function: Any) -> Any:
 
 @_compile
 def copy_planes(calls: Any) -> None:
-    """Copy one (image, channel) per task into padded planes, split into the phases of the stride."""
+    """Copy the channels of an image into padded planes, split into the phases of the stride, some at a time."""
     call = numba.carray(calls, 1)[0]
-    tasks = call.images * call.channels
+    tasks = call.images * ((call.channels + call.copied_at_once - 1) // call.copied_at_once)
     task = _take(call.address + _NEXT_TASK)
     while task < tasks:
-        _copy_channel(call, task)
+        _copy_channels(call, task)
         task = _take(call.address + _NEXT_TASK)
 
 

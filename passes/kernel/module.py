@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,12 +183,11 @@ def _packed(blocks: Sequence[Block], bias: Tensor | None, form: Form) -> tuple[T
 
 def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:
     """Tilings worth timing for inputs of `shape`: those that cut the work differently."""
-    strips = (14, 28, 7)
-    found: dict[tuple[int, int], Tiling] = {}
-    for strip in strips:
-        for tasks in (4, 2):
-            tiling = Tiling(strip, tasks)
-            form = Form(packed.form.geometry, packed.form.activation, packed.form.placement, tiling, packed.form.target)
+    found: dict[tuple[int, int, int], Tiling] = {}
+    for strip in (28, 14, 56):
+        for prefetch in (False, True):
+            tiling = Tiling(strip, prefetch=prefetch)
+            form = replace(packed.form, tiling=tiling)
             call = plan(form, tuple(shape), False, len(packed.blocks) - 1, threads.available()).template
-            found.setdefault((call.strips, call.chunks), tiling)
+            found.setdefault((call.strips, call.chunks, call.prefetch), tiling)
     return list(found.values())

@@ -163,7 +163,7 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out:
     if found.copied:
         planes = torch.empty(found.copied)
         call.picture, call.planes, call.x = call.x + 4 * plan.reads_from, planes.data_ptr(), planes.data_ptr()
-        threads.run(copy, copy_address, address, min(found.threads, call.images * call.channels))
+        threads.run(copy, copy_address, address, found.threads)
         call.next_task = call.next_slot = 0
     else:
         call.x_image = x.stride(0)

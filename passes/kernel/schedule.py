@@ -30,13 +30,17 @@ class Tiling:
     Attributes:
         strip: vectors of pixels in a strip; a block of filters is computed over one strip before the next.
         tasks: tasks per thread, at least; strips alone may be more.
+        prefetch: whether to ask for a strip of all inputs before the first block reads it; pays where the input is
+            larger than the caches, and only an input that is read in place is asked for.
     """
 
-    strip: int = 14
+    strip: int = 28
     tasks: int = 4
+    prefetch: bool = False
 
 
 DEFAULT_TILING = Tiling()
+_COPIED_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def schedule(job: Job) -> Schedule:
     else:
         call.x_image = geometry.in_channels * call.x_channel
     _output(call, job, rows, columns, folded)
-    copied = 0
+    copied, call.channels = 0, geometry.in_channels
+    call.prefetch = in_place and job.tiling.prefetch
     if not in_place:
         _copy(call, job, source, folded)
         # Vectors of a folded picture may run past the last plane.
@@ -187,13 +192,17 @@ def _copy(call: Call, job: Job, source: _Source, folded: bool) -> None:
     reads, plane = job.reads, source.rows * source.row
     call.picture_row, call.height, call.width = job.width + reads.right, job.height, job.width
     call.picture_channel = (reads.top + job.height + reads.bottom) * call.picture_row
-    call.plane_rows, call.plane_row, call.channels = source.rows, source.row, job.geometry.in_channels
+    call.plane_rows, call.plane_row = source.rows, source.row
     call.planes_channel = call.x_channel
     call.planes_phase = plane * job.images if folded else plane
     call.planes_image = plane if folded else call.x_image
     call.phase_count = len(source.phases)
     call.stride_height, call.stride_width = job.geometry.stride
     call.shift_top, call.shift_left = source.shift
+    # A thread copies some thousand pixels at a time; the pictures of a linear layer are but one pixel.
+    size = plane * call.phase_count
+    call.copied_at_once = max(1, _COPIED_AT_ONCE // size)
+    call.one_pixel = size == job.height * job.width == 1 and source.shift == (0, 0)
 
 
 def _divide(call: Call, job: Job, images: int) -> int:

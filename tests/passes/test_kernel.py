@@ -126,7 +126,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 13, 14, 28, 30])
     placement=st.builds(Placement, margins, margins, margins) | st.just(Placement(*[Margins(2, 1, 1)] * 3)),
     activation=st.sampled_from(list(ACTIVATIONS)),
     add=st.booleans(),
-    tiling=st.builds(Tiling, st.integers(2, 28), st.integers(1, 6)),
+    tiling=st.builds(Tiling, st.integers(2, 28), st.integers(1, 6), st.booleans()),
     threads=st.integers(1, 3),
     target=st.sampled_from(TARGETS),
 )
@@ -158,6 +158,11 @@ def test_every_micro_kernel(filters: int, target: Target) -> None:
 def test_linear_layers_are_pictures_of_one_pixel(batch: int) -> None:
     layer = random_layer(batch, Geometry(50, 30), most_groups=8)
     check(layer, Form(layer.geometry), torch.randn(batch, 30, 1, 1), add=True, threads=2)
+
+
+def test_a_stride_can_step_over_a_picture_of_one_pixel() -> None:
+    layer = random_layer(1, Geometry(4, 3, stride=(3, 3), padding=(1, 1, 1, 1)), most_groups=2)
+    check(layer, Form(layer.geometry), torch.randn(2, 3, 1, 1), add=False)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

@@ -11,7 +11,7 @@ copied, and the permutations of eq. 17 are address arithmetic. The parts, in the
 | `schedule` | for one input size: what is copied, which pixels, how the work is cut: pure integers |
 | `target`, `activations`, `emission` | micro-kernels as LLVM IR for this machine's vectors |
 | `library`, `cache` | the same compiled, and kept on disk |
-| `call`, `driver`, `threads` | the compiled loops, and torch's own threads to run them |
+| `call`, `jit`, `planes`, `driver`, `threads` | the compiled loops, and torch's own threads to run them |
 | `run`, `ops`, `module` | one call; the same as an operation of torch; the layer that calls it |
 
 `supported` says whether this machine can run it. `pack_layer` and `pack_conv2d` compile what is needed, so that no

@@ -18,6 +18,8 @@ from passes.kernel.packing import Block, Tables, layer_blocks, pack
 from passes.kernel.run import NO_PLACEMENT, Form, Placement, Plan, execute, plan, prepare
 from passes.kernel.schedule import DEFAULT_TILING, Tiling
 
+_MOST_PLANS = 256  # of one layer: pictures may come in any size, for as long as a server runs
+
 
 class PackedConv2d(nn.Module):
     """A convolution for inference: constant packed weights, a fused residual sum and activation, margins if wanted."""
@@ -62,6 +64,8 @@ class PackedConv2d(nn.Module):
         key = (x.shape, residual is None, team)
         found = self._plans.get(key)
         if found is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
             found = plan(self._form, tuple(x.shape), residual is not None, len(self.blocks) - 1, team)
             self._plans[key] = found
         return execute(found, x, residual, self._tables(), out)

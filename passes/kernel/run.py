@@ -70,9 +70,9 @@ class Plan:
 @cache
 def _compiled() -> tuple[Any, int, Any, int]:
     """The driver's two functions, callable and as addresses."""
-    from passes.kernel import driver
+    from passes.kernel.driver import multiply
+    from passes.kernel.planes import copy_planes as copy
 
-    copy, multiply = driver.copy_planes, driver.multiply
     return copy.ctypes, copy.address, multiply.ctypes, multiply.address
 
 

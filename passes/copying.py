@@ -49,6 +49,11 @@ def shadow(model: M) -> M:
     return _deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
+def unhooked_copy(model: M) -> M:
+    """Return a deep copy of `model` without hooks, to be worked on in place of the live model."""
+    return _deepcopy(model, {})
+
+
 def _deepcopy(model: M, memo: dict[int, Any]) -> M:
     for module in model.modules():
         memo.update((id(module.__dict__[key]), type(module.__dict__[key])()) for key in hook_dicts(module))

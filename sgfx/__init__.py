@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from passes.plan import LayerPlan, plans
     from sgfx.calibration import calibrate
     from sgfx.compiler import compile
+    from sgfx.distillation import distill
     from sgfx.exporting import Exported, export
     from sgfx.files import load, save
     from sgfx.freezing import freeze
@@ -37,6 +38,7 @@ _HOMES = {
     "Verification": "sgfx.verification",
     "calibrate": "sgfx.calibration",
     "compile": "sgfx.compiler",
+    "distill": "sgfx.distillation",
     "export": "sgfx.exporting",
     "freeze": "sgfx.freezing",
     "load": "sgfx.files",
@@ -61,6 +63,7 @@ __all__ = [
     "Verification",
     "calibrate",
     "compile",
+    "distill",
     "export",
     "freeze",
     "load",

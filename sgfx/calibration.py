@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.calibration import calibrate_region
-from passes.copying import shadow
+from passes.copying import shadow, unhooked_copy
 from passes.cut import cuts
 from passes.errors import InputError
 from passes.examples import read_examples
@@ -55,12 +55,7 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
 
 def calibrate_on(dense: nn.Module, small: M, batches: list[Any]) -> M:
     """The same for a `small` that is known to fit, on inputs that were read already."""
-    work = shadow(small)
-    for module in work.modules():
-        if isinstance(module, Grouped):  # weights of its own, shared by all graphs that are made of it
-            module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
-            if module.bias is not None:
-                module.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+    work = unhooked_copy(small)  # all graphs that are made of it share its parameters
     with preserved_random_state():
         changed = _calibrated(shadow(dense).eval(), work.eval(), batches)
     tensors = dict([*small.named_parameters(), *small.named_buffers()])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from passes.errors import InputError
 from passes.random_state import preserved_random_state
 from sgfx.acceleration import Precision, own_accelerator
+from sgfx.distillation import Teacher
 from sgfx.schedules import Schedule, checked_schedule, learning_rate
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Trainer:
         val_data: the same for validation, after each epoch; it has no influence on training.
         epochs: passes over `train_data`, at least 1.
         lr: base learning rate, above 0.
+        teacher: a model whose outputs are the targets of training, in place of the labels, such as the dense model that
+            `model` was compiled from; see `sgfx.distill`. Labels are then only counted against.
         schedule: ``"constant"``, ``"cosine"`` (by epoch), or the epochs after which `lr` is divided by ten:
             ``(100, 150)``.
         momentum: of SGD, in [0, 1).
@@ -99,6 +102,7 @@ class Trainer:
         *,
         epochs: int,
         lr: float,
+        teacher: nn.Module | None = None,
         schedule: Schedule = "constant",
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
@@ -122,6 +126,9 @@ class Trainer:
         self._lr = float(_number(lr, "lr", Real, 0, math.inf))
         if self._lr == 0:
             raise InputError("lr must be above 0: nothing is learnt at 0")
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher must be a torch.nn.Module, not {type(teacher).__name__}")
+        self._teacher = None if teacher is None else Teacher(teacher)
         self._schedule = checked_schedule(schedule)
         self._momentum = float(_number(momentum, "momentum", Real, 0, 1))
         self._weight_decay = float(_number(weight_decay, "weight_decay", Real, 0, math.inf))
@@ -181,7 +188,7 @@ class Trainer:
         optimizer.zero_grad()  # of whatever the caller computed before
         for step, inputs, targets in self._batches(self._train_data, "train_data", epoch, accelerator):
             logits = self._logits(accelerator, inputs, targets)
-            loss = self._loss(logits, targets)
+            loss = self._loss(inputs, logits, targets)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(  # before the step: the weights are still those of the last finite loss
@@ -244,7 +251,9 @@ class Trainer:
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, inputs: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        if self._teacher is not None:
+            return self._teacher.loss(inputs, logits)
         return F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
 
 

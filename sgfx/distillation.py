@@ -1,0 +1,169 @@
+"""`sgfx.distill`: a few hundred steps of gradient descent towards the dense model's outputs, on unlabelled data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from passes.copying import unhooked_copy
+from passes.errors import InputError
+from passes.examples import read_examples
+from passes.random_state import preserved_random_state
+from sgfx.calibration import check_compiled, on_device
+
+M = TypeVar("M", bound=nn.Module)
+BATCH = 64  # examples per step
+SHIFT = 8  # images are shifted by up to this part of their size
+
+
+class Teacher:
+    """The outputs of a dense model as targets, in place of labels.
+
+    The loss is the squared error of all outputs over the variance of the teacher's: 0 where they agree, about 1 where
+    the model says nothing. It has no temperature and asks nothing of what the outputs mean.
+
+    Args:
+        dense: the model; a copy of it without hooks is run, in eval mode.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        """Make the copy."""
+        self._model = unhooked_copy(dense).eval()
+
+    def loss(self, inputs: Any, outputs: Any) -> Tensor:
+        """How far `outputs` are from the teacher's for the same `inputs`; differentiable in `outputs`.
+
+        Raises:
+            InputError: the outputs differ in structure or shape.
+        """
+        for tensor in _tensors(outputs):
+            self._model.to(tensor.device)
+        with torch.no_grad():
+            wanted = self._model(inputs)
+        pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
+        if [x.shape for x in _tensors(outputs)] != [x.shape for x in _tensors(wanted)] or not pairs:
+            raise InputError(
+                f"the model's outputs {_shapes(outputs)} can't be compared with the teacher's {_shapes(wanted)}: they "
+                "must be the same tensors of floating-point numbers"
+            )
+        errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
+        return torch.stack(errors).mean()
+
+
+def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: float = 1e-3) -> M:
+    """Train a compiled model towards the dense model's outputs, without labels.
+
+    Adam with a learning rate that falls to 0 along a cosine, on batches of 64; images ``[N, C, H, W]`` are flipped and
+    shifted at random. The model is in eval mode meanwhile: norms keep their statistics, and their weights are trained.
+    Calibrate first: each brings what the other can't.
+
+    Args:
+        dense: the model before `sgfx.compile`; it is not changed.
+        small: what was made of it, changed in place once everything has succeeded. Parameters with
+            ``requires_grad=False`` are left alone.
+        data: examples as `sgfx.calibrate` takes them; the more the better.
+        steps: steps of Adam, at least 1.
+        lr: learning rate at the start, above 0.
+
+    Returns:
+        `small`.
+
+    Raises:
+        InputError: (a ValueError) a value is out of range, the data do not fit, or there is nothing to train.
+        TypeError: an argument is of the wrong type.
+        FloatingPointError: the loss became NaN or infinite. Nothing is changed after any of these.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
+        raise InputError(f"lr must be a number above 0, not {lr!r}")
+    check_compiled(dense, small)
+    draw = _drawer(on_device(read_examples(data, "data"), small))
+    work = unhooked_copy(small).eval()
+    trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
+    with preserved_random_state(), torch.enable_grad():
+        _descend(work, trained, Teacher(dense), draw, int(steps), float(lr))
+    with torch.no_grad():
+        for mine, theirs in zip(small.parameters(), work.parameters(), strict=True):
+            mine.copy_(theirs)
+    return small
+
+
+def _descend(
+    model: nn.Module, trained: list[nn.Parameter], teacher: Teacher, draw: Callable[[], Any], steps: int, lr: float
+) -> None:
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
+        inputs = draw()
+        try:
+            outputs = model(inputs)
+        except Exception as error:
+            raise InputError(f"data of shape {_shapes(inputs)} do not fit the model: {error}") from error
+        loss = teacher.loss(inputs, outputs)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss became {loss.item()} in step {step}; try an lr below {lr:g}")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def _drawer(batches: list[Any]) -> Callable[[], Any]:
+    """A function that draws the inputs of one step; every example comes once before any comes again."""
+    generator = torch.Generator().manual_seed(0)
+    whole = all(isinstance(x, Tensor) and x.shape[1:] == batches[0].shape[1:] for x in batches)
+    examples = torch.cat(batches) if whole else None
+    count = len(batches) if examples is None else len(examples)
+    left = torch.empty(0, dtype=torch.int64)
+
+    def draw() -> Any:
+        nonlocal left
+        if not len(left):
+            left = torch.randperm(count, generator=generator)
+        if examples is None:
+            (chosen,), left = left[:1].tolist(), left[1:]
+            return batches[chosen]
+        chosen, left = left[:BATCH], left[BATCH:]
+        return varied(examples[chosen.to(examples.device)], generator)
+
+    return draw
+
+
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images ``[N, C, H, W]`` flipped and shifted at random, with 0 coming in; others as they are."""
+    if images.dim() != 4:
+        return images
+    count, _, height, width = images.shape
+    flipped = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(flipped, columns.flip(0), columns)
+    far_y, far_x = height // SHIFT, width // SHIFT
+    down = torch.randint(0, 2 * far_y + 1, (count, 1), generator=generator).to(images.device)
+    right = torch.randint(0, 2 * far_x + 1, (count, 1), generator=generator).to(images.device)
+    padded = nn.functional.pad(images, (far_x, far_x, far_y, far_y)).movedim(1, -1)
+    rows = torch.arange(height, device=images.device) + down
+    each = torch.arange(count, device=images.device)[:, None, None]
+    return padded[each, rows[..., None], (columns + right)[:, None]].movedim(-1, 1).contiguous()
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _variance(x: Tensor) -> Tensor:
+    return (x - x.mean()).square().mean().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _shapes(value: Any) -> str:
+    return (
+        ", ".join(str(list(x.shape)) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)) or "without tensors"
+    )

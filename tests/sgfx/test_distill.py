@@ -1,0 +1,126 @@
+"""`sgfx.distill` and the trainer's teacher: what they reach, what they leave alone, and their refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sgfx
+from sgfx.distillation import Teacher, varied
+from tests.passes.test_calibrating_regions import Residual, images, made
+from tests.sgfx.test_calibrate import assert_unchanged, error, state
+
+
+def compiled(**options) -> tuple[nn.Module, nn.Module]:
+    dense = made(Residual()).float()
+    return dense, sgfx.compile(dense, groups=4, ratio=0.5, **options)
+
+
+def test_the_loss_is_the_error_over_the_variance():
+    dense = nn.Identity()
+    wanted = torch.tensor([[1.0, 3.0]])  # variance 1
+    assert Teacher(dense).loss(wanted, wanted + 0.5).item() == pytest.approx(0.25)
+    assert Teacher(dense).loss(wanted, wanted).item() == 0
+
+
+def test_outputs_in_dicts_and_lists_count_alike():
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": [2 * x, 3]}
+
+    x = torch.tensor([1.0, 3.0])
+    loss = Teacher(Two()).loss(x, {"a": x + 0.5, "b": [2 * x, 3]})
+    assert loss.item() == pytest.approx(0.125)
+    with pytest.raises(sgfx.InputError, match="can't be compared"):
+        Teacher(Two()).loss(x, x)
+
+
+def test_distilling_brings_the_outputs_closer_and_keeps_statistics():
+    x = images(64).float()
+    dense, small = compiled(calibration=x)
+    dense_before, before, objects = state(dense), state(small), dict(small.named_parameters())
+    small.train()
+    was = error(dense, small, x)
+    small.train()
+    assert sgfx.distill(dense, small, [(x, torch.zeros(64))], steps=60, lr=3e-3) is small
+    assert small.training
+    assert error(dense, small, x) < 0.7 * was
+    assert_unchanged(dense, dense_before)
+    assert all(torch.equal(small.state_dict()[n], t) for n, t in before.items() if "running" in n or "inputs" in n)
+    assert all(small.get_parameter(name) is parameter for name, parameter in objects.items())
+    assert all(parameter.grad is None for parameter in [*small.parameters(), *dense.parameters()])
+
+
+def test_the_same_steps_give_the_same_weights_and_random_state_stays():
+    dense, first = compiled()
+    _, second = compiled()
+    first.head.weight.requires_grad_(False)
+    second.head.weight.requires_grad_(False)
+    frozen = first.head.weight.clone()
+    random = torch.get_rng_state()
+    for model in (first, second):
+        sgfx.distill(dense, model, images(16).float(), steps=3)
+    assert_unchanged(first, state(second))
+    assert torch.equal(first.head.weight, frozen)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_variations_are_flips_and_shifts():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(1.0, 65.0).view(1, 1, 8, 8)
+    ways = set()
+    for found in varied(image.expand(300, 1, 8, 8), generator)[:, 0]:
+        nonzero = found[found > 0]
+        steps = {float(each) for each in found.diff(dim=1)[(found[:, 1:] > 0) & (found[:, :-1] > 0)]}
+        assert len(nonzero) in (64, 56, 49)
+        assert steps in ({1.0}, {-1.0})
+        ways.add(tuple(found.flatten().tolist()))
+    assert len(ways) == 18  # two flips, three shifts each way
+    assert torch.equal(varied(torch.ones(2, 3), generator), torch.ones(2, 3))
+
+
+def test_a_trainer_with_a_teacher_needs_no_right_labels(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    x = images(64).float()
+    dense, small = compiled(calibration=x)
+    was = error(dense, small, x)
+    for module in small.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)  # norms keep their statistics
+    wrong = [(x, torch.zeros(64, dtype=torch.int64))]
+    sgfx.Trainer(small, wrong, epochs=30, lr=0.03, teacher=dense, progress=False, weight_decay=0.0).fit()
+    assert error(dense, small, x) < 0.95 * was
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be a whole number"),
+        ({"steps": 1.5}, ValueError, "steps must be a whole number"),
+        ({"lr": 0}, ValueError, "lr must be a number above 0"),
+        ({"lr": float("nan")}, ValueError, "lr must be a number above 0"),
+        ({"data": torch.zeros(0, 3, 6, 6)}, ValueError, "no examples"),
+        ({"data": torch.full((2, 3, 6, 6), float("nan"))}, ValueError, "holds NaN"),
+        ({"data": torch.zeros(2, 5, 6, 6)}, ValueError, r"data of shape \[2, 5, 6, 6\] do not fit"),
+        ({"lr": 1e30}, FloatingPointError, "the loss became"),
+    ],
+)
+def test_refusals_change_nothing(options, kind, message):
+    dense, small = compiled()
+    before = state(small)
+    options = {"data": images(4).float(), "steps": 3, **options}
+    with pytest.raises(kind, match=message):
+        sgfx.distill(dense, small, **options)
+    assert_unchanged(small, before)
+
+
+def test_models_without_a_common_ground_are_refused():
+    dense, small = compiled()
+    for parameter in small.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(sgfx.InputError, match="nothing to train"):
+        sgfx.distill(dense, small, images(4).float())
+    with pytest.raises(sgfx.InputError, match="no regrouped layers"):
+        sgfx.distill(dense, dense, images(4).float())
+    with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module"):
+        sgfx.Trainer(small, [], epochs=1, lr=0.1, teacher="dense")

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
 
-LIMIT = 2 << 30  # bytes of values that batches hold at a stop
+LIMIT = 3 << 29  # bytes of values that batches hold at a stop
 
 
 def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:

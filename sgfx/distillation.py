@@ -84,13 +84,18 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
     if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise InputError(f"lr must be a number above 0, not {lr!r}")
     check_compiled(dense, small)
+    return descend(dense, small, data, steps=int(steps), lr=float(lr))
+
+
+def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float) -> M:
+    """The same for any `small` whose outputs have the form of the dense model's."""
     draw = _drawer(on_device(read_examples(data, "data"), small))
     work = unhooked_copy(small).eval()
     trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
     if not trained:
         raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
     with preserved_random_state(), torch.enable_grad():
-        _descend(work, trained, Teacher(dense), draw, int(steps), float(lr))
+        _descend(work, trained, Teacher(dense), draw, steps, lr)
     with torch.no_grad():
         for mine, theirs in zip(small.parameters(), work.parameters(), strict=True):
             mine.copy_(theirs)

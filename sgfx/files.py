@@ -21,6 +21,7 @@ from passes.adoption import adopt
 from passes.copying import copy_model
 from passes.cut import apply_cuts
 from passes.errors import InputError
+from passes.freezing.decisions import Decisions, attach_decisions, decisions_of
 from passes.layers.grouped import Grouped
 from passes.layers.masked import Masked
 from passes.lowering import lower
@@ -38,7 +39,7 @@ _ANEW = "Make a fresh dense model of the class and options that the file was sav
 
 
 def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a compiled model to a safetensors file: weights, buffers, and the plan of each layer.
+    """Write a compiled model to a safetensors file: weights, buffers, the plan of each layer, and `freeze`'s decisions.
 
     The file appears under its name only once it is whole and on the disk, in place of an earlier one. Hooks, modes,
     ``requires_grad`` and attributes that the model's class sets by itself are not part of it.
@@ -55,6 +56,8 @@ def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
     if Path(path).suffix.lower() in (".onnx", ".pt2"):
         raise InputError(f"{path} would be no {Path(path).suffix[1:]} file but a safetensors one: use sgfx.export")
     structure = describe(small)
+    if (decisions := decisions_of(small)) is not None:
+        structure["decisions"] = decisions.to_dict()
     tensors = {name: _storable(name, tensor) for name, tensor in named_tensors(small).items()}
     structure["checksum"] = _checksum(structure, tensors)
     with replacing(path) as temporary:
@@ -83,6 +86,7 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     structure, tensors = _read(file)
     try:
         small = _rebuilt(into, structure, tensors)
+        decisions = Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
     except InputError as error:
         raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, and yet it makes no sense
@@ -90,6 +94,8 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
             f"{file} is malformed ({type(error).__name__}: {error}); it was not written by sgfx"
         ) from error
     adopt(into, small)
+    if decisions is not None:
+        attach_decisions(into, decisions)
     return into
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import shadow
+from passes.cut import cuts
 from passes.errors import InputError
+from passes.freezing.decisions import Decisions
 from passes.layers.grouped import Grouped
 from passes.plan import LayerPlan, layer_shape, plans
 from passes.random_state import preserved_random_state
@@ -72,6 +74,7 @@ class Report:
         params_dense, params, macs_dense, macs: totals over the whole model.
         connections_removed: share of the regrouped layers' connections.
         params_removed, macs_removed: shares of the totals above.
+        filters_eliminated, params_eliminated, macs_eliminated: what elimination saved beyond the ratios.
     """
 
     layers: tuple[LayerReport, ...]
@@ -82,6 +85,9 @@ class Report:
     connections_removed: Share
     params_removed: Share
     macs_removed: Share
+    filters_eliminated: int
+    params_eliminated: int
+    macs_eliminated: int
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, numbers and strings, fit for JSON."""
@@ -112,7 +118,13 @@ class Report:
             [name, *counts[name], _percent(share.requested), _percent(share.achieved)] for name, share in shares.items()
         ]
         below = ["removed", "dense", "small", "asked", "achieved"]
-        return f"{table}\n\n{tabulate(totals, below, colalign=['left'] + ['right'] * 4)}"
+        lines = [table, tabulate(totals, below, colalign=["left"] + ["right"] * 4)]
+        if self.filters_eliminated:
+            lines.append(
+                f"eliminated beyond the ratios: {self.filters_eliminated} filters that nobody reads, "
+                f"{short(self.params_eliminated)} parameters, {short(self.macs_eliminated)} MACs"
+            )
+        return "\n\n".join(lines)
 
 
 def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[object, ...]) -> Report:
@@ -136,6 +148,11 @@ def plans_of_pair(dense: nn.Module, small: nn.Module) -> dict[str, LayerPlan]:
     """The layer plans of `small`, checked to be those of a model made from `dense`."""
     check_model(dense)
     check_model(small)
+    if isinstance(getattr(small, "decisions", None), Decisions):
+        raise InputError(
+            "small is a frozen model: report the compiled model that it was made from; what freeze measured stands in "
+            "its .decisions"
+        )
     found = plans(small)
     if not found:
         raise InputError("small has no layer plans: it must be what sgfx.compile or Pruner.lower returned")
@@ -184,7 +201,33 @@ def _assemble(
             sum(layer.requested_ratio * layer.macs_dense for layer, _ in grouped) / max(macs, 1),
             1 - after[""] / max(macs, 1),
         ),
+        *_eliminated(dense, small, layers, found),
     )
+
+
+def _eliminated(
+    dense: nn.Module, small: nn.Module, layers: tuple[LayerReport, ...], found: dict[str, LayerPlan]
+) -> tuple[int, int, int]:
+    """Filters, parameters and MACs that elimination took, beyond what the plans alone take."""
+    filters = params = 0
+    for path, cut in cuts(small).items():
+        before = dense.get_submodule(path)
+        kept = found[path].connections * math.prod(found[path].kernel_size) if path in found else 0
+        grouped = path in found and found[path].grouped
+        planned = kept + _bias_size(before) if grouped else _parameters(before)
+        params += planned - _parameters(small.get_submodule(path))
+        if cut.outputs is not None and path in found:
+            filters += found[path].out_channels - len(cut.outputs)
+    macs = sum(
+        round(layer.macs_dense * (1 - layer.achieved_ratio)) - layer.macs
+        for layer in layers
+        if layer.path in cuts(small) and layer.macs_dense
+    )
+    return filters, params, macs
+
+
+def _bias_size(layer: nn.Module) -> int:
+    return 0 if layer._parameters.get("bias") is None else int(layer._parameters["bias"].numel())  # type: ignore[union-attr]
 
 
 def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:

@@ -236,3 +236,25 @@ def test_bad_input():
         sgfx.freeze(model, IMAGES, decisions={"version": 99})
     with pytest.raises(InputError, match="do not fit the model at layer 'stem'"):
         sgfx.freeze(model, torch.zeros(2, 4, 8, 8))
+
+
+def test_decisions_travel_in_files(tmp_path, monkeypatch):
+    model = trained(Block())
+    small = sgfx.compile(model, groups=3, ratio=0.5)
+    frozen = sgfx.freeze(small, IMAGES)
+    sgfx.save(small, tmp_path / "small.safetensors")
+    loaded = sgfx.load(tmp_path / "small.safetensors", into=trained(Block()))
+    assert decisions_of(loaded) == frozen.decisions
+    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
+    assert torch.equal(sgfx.freeze(loaded, IMAGES)(IMAGES), frozen(IMAGES))
+
+
+def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    sgfx.freeze(small, IMAGES)
+    monkeypatch.setattr("sgfx.freezing.machine", lambda: "another machine")
+    measured = []
+    measure = "passes.freezing.choosing._measured"
+    monkeypatch.setattr(measure, lambda candidates, inputs: measured.append(1) or dict.fromkeys(candidates, 1.0))
+    sgfx.freeze(small, IMAGES)
+    assert measured

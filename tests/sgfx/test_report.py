@@ -142,3 +142,26 @@ def test_what_can_not_be_compared_is_refused(models):
         sgfx.report(dense, small, torch.zeros(2, 4, 10, 10))
     with pytest.raises(TypeError, match="example_inputs must be a tensor or a tuple"):
         sgfx.report(dense, small, [IMAGE])
+
+
+def test_what_elimination_saved_stands_beside_the_ratios():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1))
+    model[2].weight.data[:, :2] = 0
+    options = {"ratio": 0.0, "groups": 1, "overrides": {"2": {"ratio": 0.25}}}
+    images = torch.zeros(1, 3, 5, 5)
+    plain = sgfx.report(model, sgfx.compile(model, **options), images)
+    assert (plain.filters_eliminated, plain.params_eliminated, plain.macs_eliminated) == (0, 0, 0)
+    small = sgfx.report(model, sgfx.compile(model, eliminate=True, **options), images)
+    # Two filters of three weights and a bias, and two entries in the norm's weight and bias.
+    assert (small.filters_eliminated, small.params_eliminated) == (2, 2 * 4 + 2 * 2)
+    assert small.macs_eliminated == 2 * 3 * 25
+    assert "eliminated beyond the ratios: 2 filters that nobody reads, 12 parameters, 150 MACs" in str(small)
+
+
+def test_frozen_models_are_not_reported():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    small = sgfx.compile(model, ratio=0.5, groups=2)
+    frozen = sgfx.freeze(small, torch.zeros(1, 3, 5, 5), strategy="library")
+    with pytest.raises(sgfx.InputError, match=r"small is a frozen model: report the compiled model .* its \.decisions"):
+        sgfx.report(model, frozen, torch.zeros(1, 3, 5, 5))

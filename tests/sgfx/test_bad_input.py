@@ -49,8 +49,8 @@ def test_ratios_outside_zero_to_one(ratio):
             sgfx.compile(model, **options)
 
 
-def test_a_ratio_is_required():
-    with pytest.raises(TypeError, match="'ratio'"):
+def test_a_ratio_or_a_budget_is_required():
+    with pytest.raises(sgfx.InputError, match=r"give exactly one of ratio .* and budget"):
         sgfx.compile(ready())
 
 

@@ -55,10 +55,12 @@ class Region:
     Attributes:
         path: path of its root in the model; "" for the whole model.
         graphs: a graph for each mode: "eval", "train", and "mixed" where the model's own modes are.
+        read: paths of the parameters that operations used while tracing, outside of a layer's own call.
     """
 
     path: str
     graphs: dict[str, fx.GraphModule]
+    read: frozenset[str] = frozenset()
 
     def module_path(self, node: fx.Node) -> str:
         """Path in the model of the module or tensor that a node of one of the graphs names."""

@@ -7,23 +7,19 @@ is foreign, and the layer must stay as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.facts import Observation
 from passes.matching import holders_of
+from passes.parameters import ParameterWatch
 from passes.random_state import preserved_random_state
 from passes.shapes import without_storage
 from passes.trace import Tracing
-
-# Attributes that a regrouped layer's parameter has in common with the dense one's.
-SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
 
 
 def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation:
@@ -32,7 +28,7 @@ def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation
     Raises:
         InputError: they can't be run in eval mode, and it is not for want of the model's hooks.
     """
-    watch = _Watch()
+    watch = _Watch(tracing.shadows["eval"])  # all shadows share the parameters
     failures = {}
     for mode, shadow in tracing.shadows.items():
         try:
@@ -45,22 +41,25 @@ def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation
     return Observation(watch.called, watch.foreign, frozenset(watch.strays), failures)
 
 
-class _Watch(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
+class _Watch(ParameterWatch):
+    """Keeps the stack of running modules, and notes each use of a parameter by another than its owner's call."""
+
+    def __init__(self, shadow: nn.Module) -> None:
+        super().__init__(shadow)
         self.called: dict[str, dict[str, tuple[tuple[object, ...], dict[str, object]]]] = {}
         self.foreign: dict[str, str] = {}
         self.strays: set[tuple[str, str]] = set()
-        self._owners: dict[int, list[str]] = {}
         self._running: list[str] = []
+
+    def note(self, paths: list[str], operation: str) -> None:
+        """Only the call of the layer itself may use its parameters."""
+        top = self._running[-1] if self._running else ""
+        for owner in (path.rpartition(".")[0] for path in paths):
+            if owner != top:
+                self.foreign.setdefault(owner, operation)
 
     def run(self, mode: str, shadow: nn.Module, inputs: tuple[object, ...]) -> None:
         handles = []
-        self._owners, self._running = {}, []
-        for path, module in shadow.named_modules(remove_duplicate=False):
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._owners.setdefault(id(parameter), []).append(path)
         for path, module in shadow.named_modules():
             entering, leaving = self._entering(mode, path), self._leaving
             handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
@@ -85,16 +84,3 @@ class _Watch(TorchFunctionMode):
 
     def _leaving(self, module: nn.Module, args: object, output: object) -> None:
         self._running.pop()
-
-    def __torch_function__(
-        self, func: Any, types: Collection[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """See who uses which parameter."""
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if attribute not in SAME_FOR_ALL_FORMS:
-            top = self._running[-1] if self._running else ""
-            for value in pytree.tree_leaves((args, kwargs)):
-                for owner in self._owners.get(id(value), ()):
-                    if owner != top:
-                        self.foreign.setdefault(owner, attribute or getattr(func, "__name__", repr(func)))
-        return func(*args, **(kwargs or {}))

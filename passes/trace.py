@@ -25,6 +25,7 @@ from passes.cut import is_frozen_norm
 from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
+from passes.parameters import ParameterWatch
 from passes.random_state import preserved_random_state
 from passes.shapes import forget_shapes, propagate_shapes
 
@@ -104,7 +105,13 @@ class Tracing:
         Raises:
             UntraceableError: torch.fx can't trace it.
         """
-        return Region(path, {mode: self._trace(path, mode, given) for mode in self.shadows})
+        graphs, read = {}, set()
+        for mode in self.shadows:
+            watch = ParameterWatch(self.shadows[mode])
+            with watch:
+                graphs[mode] = self._trace(path, mode, given)
+            read |= watch.used
+        return Region(path, graphs, frozenset(read))
 
     def _trace(self, path: str, mode: str, given: int) -> fx.GraphModule:
         root = self.shadows[mode].get_submodule(path)

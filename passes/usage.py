@@ -46,6 +46,7 @@ class Usage:
             for node in graph.graph.nodes
             if node.op == "get_attr"
         }
+        self.read.update(path for region in regions.parts for path in region.read)
         self.sharers = _sharers(model)
         self.listed = _listed(model)
 

@@ -164,3 +164,26 @@ def test_leaf_modules_are_not_traced_into(named):
         sgfx.compile(model, ratio=0.5, leaf_modules="iner")
     with pytest.raises(InputError, match="leaf_modules holds the class Linear, of which the model has no module"):
         sgfx.compile(model, ratio=0.5, leaf_modules=nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        lambda self, x: x * self.read.weight.sum(),
+        lambda self, x: x * self.read._parameters["weight"].sum(),
+        lambda self, x: x * sum(p.sum() for p in self.read.parameters()),
+        lambda self, x: F.conv2d(x, dict(self.named_parameters())["read.weight"]),
+    ],
+)
+def test_parameters_that_a_forward_reads_by_whatever_way_belong_to_others_too(reading):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.read, self.other = (nn.Conv2d(i, 8, 1) for i in (3, 8, 8))
+
+        def forward(self, x):
+            return reading(self, self.other(self.read(self.stem(x))))
+
+    found = reasons(sgfx.compile(Model(), ratio=0.5, groups=2))
+    assert found.keys() == {"stem", "read"}
+    assert found["read"] == "its weight is read by an operation outside its own call"

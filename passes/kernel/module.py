@@ -187,11 +187,9 @@ def _packed(blocks: Sequence[Block], bias: Tensor | None, form: Form) -> tuple[T
 
 def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:
     """Tilings worth timing for inputs of `shape`: those that cut the work differently."""
-    found: dict[tuple[int, int, int], Tiling] = {}
-    for strip in (28, 14, 56):
-        for prefetch in (False, True):
-            tiling = Tiling(strip, prefetch=prefetch)
-            form = replace(packed.form, tiling=tiling)
-            call = plan(form, tuple(shape), False, len(packed.blocks) - 1, threads.available()).template
-            found.setdefault((call.strips, call.chunks, call.prefetch), tiling)
+    found: dict[tuple[int, int], Tiling] = {}
+    for tiling in (DEFAULT_TILING, Tiling(strip=14), Tiling(strip=56), Tiling(tasks=2)):
+        form = replace(packed.form, tiling=tiling)
+        call = plan(form, tuple(shape), False, len(packed.blocks) - 1, threads.available()).template
+        found.setdefault((call.strips, call.chunks), tiling)
     return list(found.values())

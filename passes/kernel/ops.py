@@ -34,7 +34,7 @@ def conv2d(x: Tensor, residual: Tensor | None, tables: Tables, form: Form, out: 
     ]  # fmt: skip
     places = (placement.reads, placement.adds, placement.writes)
     margins = [number for each in places for number in (each.top, each.bottom, each.right)]
-    tiling = [form.tiling.strip, form.tiling.tasks, int(form.tiling.prefetch)]
+    tiling = [form.tiling.strip, form.tiling.tasks]
     arguments = (x, residual, *tables, numbers, form.activation or "", margins, tiling)
     if out is None:
         result: Tensor = torch.ops.sgfx.conv2d(*arguments)
@@ -49,7 +49,7 @@ def _form(geometry: list[int], activation: str, margins: list[int], tiling: list
         Geometry(out_channels, in_channels, (kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw)),
         activation or None,
         Placement(Margins(*margins[:3]), Margins(*margins[3:6]), Margins(*margins[6:])),
-        Tiling(tiling[0], tiling[1], bool(tiling[2])),
+        Tiling(*tiling),
     )
 
 

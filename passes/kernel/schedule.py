@@ -30,17 +30,17 @@ class Tiling:
     Attributes:
         strip: vectors of pixels in a strip; a block of filters is computed over one strip before the next.
         tasks: tasks per thread, at least; strips alone may be more.
-        prefetch: whether to ask for a strip of all inputs before the first block reads it; pays where the input is
-            larger than the caches, and only an input that is read in place is asked for.
     """
 
     strip: int = 28
     tasks: int = 4
-    prefetch: bool = False
 
 
 DEFAULT_TILING = Tiling()
 _COPIED_AT_ONCE = 2048
+# An input of more bytes has left the caches since it was written: a strip of it is asked for before it is read, which
+# saved a tenth of the time of wide 1×1 layers at batch 16, and cost small inputs as much.
+_LARGE = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def schedule(job: Job) -> Schedule:
         call.x_image = geometry.in_channels * call.x_channel
     _output(call, job, rows, columns, folded)
     copied, call.channels = 0, geometry.in_channels
-    call.prefetch = in_place and job.tiling.prefetch
+    call.prefetch = in_place and 4 * job.images * geometry.in_channels * plane > _LARGE
     if not in_place:
         _copy(call, job, source, folded)
         # Vectors of a folded picture may run past the last plane.

@@ -126,7 +126,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 13, 14, 28, 30])
     placement=st.builds(Placement, margins, margins, margins) | st.just(Placement(*[Margins(2, 1, 1)] * 3)),
     activation=st.sampled_from(list(ACTIVATIONS)),
     add=st.booleans(),
-    tiling=st.builds(Tiling, st.integers(2, 28), st.integers(1, 6), st.booleans()),
+    tiling=st.builds(Tiling, st.integers(2, 28), st.integers(1, 6)),
     threads=st.integers(1, 3),
     target=st.sampled_from(TARGETS),
 )
@@ -163,6 +163,13 @@ def test_linear_layers_are_pictures_of_one_pixel(batch: int) -> None:
 def test_a_stride_can_step_over_a_picture_of_one_pixel() -> None:
     layer = random_layer(1, Geometry(4, 3, stride=(3, 3), padding=(1, 1, 1, 1)), most_groups=2)
     check(layer, Form(layer.geometry), torch.randn(2, 3, 1, 1), add=False)
+
+
+def test_an_input_larger_than_the_caches() -> None:
+    layer = random_layer(1, Geometry(3, 40, (3, 3), padding=(1, 1, 1, 1)), most_groups=2)
+    form = Form(layer.geometry, placement=Placement(reads=layer.geometry.margins()))
+    assert plan(form, (1, 40, 259, 257), False, 1, 1).template.prefetch
+    check(layer, form, torch.randn(1, 40, 256, 256), add=False)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

@@ -16,6 +16,7 @@ from passes.kernel.activations import activation
 from passes.kernel.call import Call
 from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
 from passes.kernel.library import Library, library
+from passes.kernel.memory import empty
 from passes.kernel.packing import Tables
 from passes.kernel.schedule import DEFAULT_TILING, Job, Schedule, Tiling, schedule
 from passes.kernel.target import MOST_FILTERS, Target, host
@@ -138,7 +139,7 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out:
         fp32 ``[N, C_out, H', W']``, margins included: `out` if that was given.
     """
     _check(plan, x, residual, tables, out)
-    out, found = torch.empty(plan.out_shape) if out is None else out, plan.schedule
+    out, found = empty(plan.out_shape) if out is None else out, plan.schedule
     if out.numel() == 0:
         return out
     x = _by_image(x)
@@ -157,11 +158,11 @@ def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out:
         call.residual_image = residual.stride(0)
         call.residual = residual.data_ptr() + 4 * plan.adds_from
     if found.tiles:
-        tiles = torch.empty(found.tiles)
+        tiles = empty((found.tiles,))
         call.tiles = tiles.data_ptr()
     copy, copy_address, multiply, multiply_address = _compiled()
     if found.copied:
-        planes = torch.empty(found.copied)
+        planes = empty((found.copied,))
         call.picture, call.planes, call.x = call.x + 4 * plan.reads_from, planes.data_ptr(), planes.data_ptr()
         threads.run(copy, copy_address, address, found.threads)
         call.next_task = call.next_slot = 0

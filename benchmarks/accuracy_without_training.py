@@ -152,6 +152,11 @@ def peer_distilled(bench: Bench, groups: int, ratio: float) -> nn.Module:
     return descend(bench.dense, small, bench.images(), steps=400, lr=2e-3)
 
 
+def norms(bench: Bench, groups: int, ratio: float) -> nn.Module:
+    """Compiled with one ratio for all layers, with its batch norms re-estimated."""
+    return reestimate_norms(uniform(bench, groups, ratio), torch.split(bench.images(), 64))
+
+
 METHODS: dict[str, Method] = {
     "calibrated": calibrated,
     "budget": budgeted,

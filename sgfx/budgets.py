@@ -103,7 +103,7 @@ def _curves(unit: Unit, batches: list[Any]) -> dict[str, Curve]:
     lower(whole, {path: _nothing_pruned(unit, path) for path in unit.targets})
     curves: dict[str, Curve] = {}
     with preserved_random_state(), torch.no_grad():
-        for path, theirs, mine, pairs in walkable_regions(dense, whole, batches):
+        for path, theirs, mine, pairs in walkable_regions(dense, whole, batches, unit.settings.leaf_modules):
             walk = Walk(theirs, mine, pairs)
             for stop in walk.stops():
                 name = join(path, str(stop.target))

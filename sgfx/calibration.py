@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -53,11 +53,14 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
     return calibrate_on(dense, small, on_device(read_examples(data, "data"), small))
 
 
-def calibrate_on(dense: nn.Module, small: M, batches: list[Any]) -> M:
-    """The same for a `small` that is known to fit, on inputs that were read already."""
+def calibrate_on(dense: nn.Module, small: M, batches: list[Any], leaves: Collection[str] = ()) -> M:
+    """The same for a `small` that is known to fit, on inputs that were read already.
+
+    `leaves` are the paths of modules that are not to be traced into.
+    """
     work = unhooked_copy(small)  # all graphs that are made of it share its parameters
     with preserved_random_state():
-        changed = _calibrated(shadow(dense).eval(), work.eval(), batches)
+        changed = _calibrated(shadow(dense).eval(), work.eval(), batches, leaves)
     tensors = dict([*small.named_parameters(), *small.named_buffers()])
     with torch.no_grad():
         for name, value in changed.items():
@@ -87,10 +90,10 @@ def on_device(batches: list[Any], model: nn.Module) -> list[Any]:
     return [pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch) for batch in batches]
 
 
-def _calibrated(dense: nn.Module, work: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
+def _calibrated(dense: nn.Module, work: nn.Module, batches: list[Any], leaves: Collection[str]) -> dict[str, Tensor]:
     """Calibrate `work`, region by region in the order in which they run; returns what has changed."""
     changed: dict[str, Tensor] = {}
-    for path, theirs, mine, pairs in walkable_regions(dense, work, batches):
+    for path, theirs, mine, pairs in walkable_regions(dense, work, batches, leaves):
         for name, value in calibrate_region(theirs, mine, pairs).items():
             changed[join(path, name)] = value
             holder, _, leaf = join(path, name).rpartition(".")
@@ -99,7 +102,7 @@ def _calibrated(dense: nn.Module, work: nn.Module, batches: list[Any]) -> dict[s
 
 
 def walkable_regions(
-    dense: nn.Module, work: nn.Module, batches: list[Any]
+    dense: nn.Module, work: nn.Module, batches: list[Any], leaves: Collection[str]
 ) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule, list[tuple[Arguments, Arguments]]]]:
     """The traced parts that both models have, in the order in which they run.
 
@@ -107,8 +110,8 @@ def walkable_regions(
         The path, both eval graphs, and for each batch the arguments of both. Those of `work` are taken when its turn
         has come, so that they show what has been changed before.
     """
-    parts = _regions(dense, batches[0])
-    twins = {region.path: region for region in _regions(work, batches[0])}
+    parts = _regions(dense, batches[0], leaves)
+    twins = {region.path: region for region in _regions(work, batches[0], leaves)}
     for region in _in_order(dense, [region for region in parts if region.path in twins], batches[0]):
         theirs, mine = (_arguments(model, region.path, batches) for model in (dense, work))
         # Where the models differ in what they find (the proposals of a detector), both are given the dense one's.
@@ -118,10 +121,11 @@ def walkable_regions(
         yield region.path, region.graphs["eval"], twins[region.path].graphs["eval"], pairs
 
 
-def _regions(model: nn.Module, example: Any) -> tuple[Region, ...]:
+def _regions(model: nn.Module, example: Any, leaves: Collection[str]) -> tuple[Region, ...]:
     """The regions of a model; the example is only run where it can't be traced whole."""
-    parts = find_regions(model).parts
-    return parts if [region.path for region in parts] == [""] else find_regions(model, (example,)).parts
+    parts = find_regions(model, leaf_modules=leaves).parts
+    whole = [region.path for region in parts] == [""]
+    return parts if whole else find_regions(model, (example,), leaves).parts
 
 
 def _in_order(model: nn.Module, regions: list[Region], example: Any) -> list[Region]:

@@ -107,7 +107,7 @@ def compile(
     else:
         small = _compile_at_once(model, options, share, batches)
     if batches is not None:
-        calibrate_on(model, small, batches)
+        calibrate_on(model, small, batches, resolved_leaves(model, leaf_modules))
     if eliminate:
         eliminated(small, options)
     if not inplace:

@@ -197,6 +197,16 @@ class Untraceable(nn.Module):
         return self.second(self.alone(x))
 
 
+def test_what_is_not_to_be_traced_into_is_left():
+    dense = made(Untraceable())
+    options = {"groups": 2, "ratio": 0.5, "example_inputs": images(1), "leaf_modules": "second", "ignore": "alone"}
+    plain = sgfx.compile(dense, **options)
+    with pytest.warns(UserWarning, match=r"in eval mode: second\.0, second\.2"):
+        small = sgfx.compile(dense, calibration=images(), **options)
+    assert torch.equal(small.second[2].weight, plain.second[2].weight)
+    assert not torch.equal(small.first[2].weight, plain.first[2].weight)
+
+
 def test_every_region_is_calibrated_and_a_warning_names_the_rest():
     dense = made(Untraceable())
     small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=images(1), ignore="alone")

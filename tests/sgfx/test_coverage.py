@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import sgfx
-from benchmarks.coverage import examine
 from benchmarks.coverage_cases import TIMM, case, family_of, names
+from benchmarks.coverage_examination import examine
 from benchmarks.oracle import Layout, compare, mask, prepare, run
 
 SMALL = (

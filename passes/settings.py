@@ -40,6 +40,8 @@ def checked_settings(
         TypeError: a value is of the wrong type.
     """
     check_model(model)
+    if not isinstance(ignore, Iterable | nn.Module):
+        raise TypeError(f"ignore takes names, patterns and modules, not {ignore!r}")
     names = _named(model, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore), "ignore")
     resolved = _overrides(model, overrides or {})
     for path in resolved:

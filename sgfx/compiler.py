@@ -57,7 +57,7 @@ def compile(
         budget: instead of a ratio, ``{"macs": share}`` or ``{"params": share}``: the share of the model's total, as
             `sgfx.report` counts it, that **remains**. Each layer gets its own ratio, so that the error measured on the
             `calibration` data is least.
-        linear_ratio: the same for linear layers; None means `ratio`.
+        linear_ratio: the ratio of linear layers; None means `ratio`.
         ignore: names, glob patterns or modules to leave alone; a name covers everything below it.
         overrides: ``{name or pattern: {"groups": …, "ratio": …}}``. An exact name also lifts the rules that leave the
             first convolution and layers of fewer than 4 filters or inputs alone; a pattern only sets values for layers

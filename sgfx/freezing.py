@@ -18,6 +18,7 @@ from passes.facts import Region, Regions, Settings
 from passes.freezing.choosing import checked_strategy, choose
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fusion import fuse
+from passes.freezing.joining import join
 from passes.freezing.placing import place
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.manager import run_passes
@@ -109,6 +110,7 @@ def _frozen(
             continue
         like = next(region.graphs["eval"].parameters(), torch.empty(0))
         graph = fuse(region, like)
+        join(graph)
         layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
         place(graph)
         parts.append((region.path, graph))

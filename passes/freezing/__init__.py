@@ -4,6 +4,7 @@
 |---|---|
 | `fused` | the modules of the inference form that call the library, and the algebra of folding a norm |
 | `fusion` | rewrites an eval graph: what does nothing goes, norms, sums and activations move into layers |
+| `joining` | concatenations that grow add to one tensor |
 | `decisions` | what was measured and chosen, and on what machine |
 | `choosing` | times the candidates of each layer on its real shape, and puts the fastest in |
 | `placing` | lets a layer write into the padded plane that the next one reads |

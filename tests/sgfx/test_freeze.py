@@ -258,3 +258,33 @@ def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch):
     monkeypatch.setattr(measure, lambda candidates, inputs: measured.append(1) or dict.fromkeys(candidates, 1.0))
     sgfx.freeze(small, IMAGES)
     assert measured
+
+
+def test_concatenations_that_grow_add_to_one_tensor():
+    from passes.freezing.joining import append
+
+    model = trained(models_zoo.create("densenet_bc", depth=22, growth=6))
+    small = sgfx.compile(model, groups=2, ratio=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    frozen = sgfx.freeze(small, images, strategy="library")
+    targets = [node.target for node in frozen.graph.nodes]
+    assert targets.count(append) >= 6
+    assert torch.cat not in targets
+    assert error(frozen, small, images) < 1e-5
+    assert error(frozen, small, torch.randn(3, 3, 40, 24)) < 1e-5
+
+
+def test_a_concatenation_that_is_changed_in_place_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(7, 4, 1), nn.Conv2d(11, 4, 1)
+
+        def forward(self, x):
+            first = torch.cat([x, self.a(x)], 1)
+            y = self.b(first)
+            first.relu_()
+            return self.c(torch.cat([x, self.a(x), y], 1)) + first[:, :4]
+
+    model = trained(Model())
+    assert error(sgfx.freeze(model, IMAGES, strategy="library"), model, IMAGES) < 1e-6

@@ -66,7 +66,7 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     """What a concatenation puts together, those within it taken apart."""
     found: list[fx.Node] = []
     for part in node.args[0]:  # type: ignore[union-attr]
-        found += _parts(part) if _joins_channels(part) else [part]  # type: ignore[arg-type]
+        found += _parts(part) if _joins_channels(part) else [part]  # type: ignore[list-item]
     return found
 
 

@@ -204,7 +204,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from passes.kernel import pack_layer
-from tests.passes.test_kernel_layers import call_from_two_threads
 
 class Images(Dataset):
     def __init__(self, packed):
@@ -215,6 +214,8 @@ class Images(Dataset):
         return self.packed(torch.full((1, 16, 28, 28), float(index)))
 
 if __name__ == "__main__":
+    from tests.passes.test_kernel_layers import call_from_two_threads
+
     torch.manual_seed(0)
     torch.set_num_threads(2)
     packed = pack_layer(nn.Conv2d(16, 16, 3, padding=1))

@@ -1,37 +1,66 @@
-"""Placing: a layer writes into the padded plane that the next one reads, so that nothing is copied to be padded.
+"""Placing: a layer writes into the padded plane that the next one reads, so that little is copied on the way.
 
-A tensor gets margins where a packed layer makes it, all who read it are packed layers of stride 1 (or add it as a
-residual), and one of them wants margins. They are the largest that any of them wants.
+A tensor gets margins where a packed layer makes it and all who read it are packed layers, or add it as a residual:
+
+1. above and below, the largest that a reader of stride 1 wants, so that it needs no copy (the others copy anyway);
+2. beside, the same, but at least what its maker leaves between two rows anyway: then results are stored where they
+   belong, and need not be put together first. A residual likewise, for the layer that adds it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from passes.kernel import PackedConv2d
+    from passes.kernel.geometry import Geometry, Margins
 
 
 def place(graph: fx.GraphModule) -> None:
     """Give margins to the tensors between packed layers of `graph`, in place."""
     if not any(type(module).__name__ == "PackedConv2d" for module in graph.modules()):
         return
-    from passes.kernel import Margins, PackedConv2d
+    from passes.kernel import PackedConv2d
 
     packed = {}
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(module) is PackedConv2d:
             packed[node] = module
-    for node, layer in packed.items():
-        if not node.users or not all(user in packed for user in node.users):
-            continue
-        wanted = [packed[user].form.geometry.margins() for user in node.users if user.args[0] is node]
-        strided = any(max(packed[user].form.geometry.stride) > 1 for user in node.users if user.args[0] is node)
-        margins = Margins(*(max((getattr(m, side) for m in wanted), default=0) for side in ("top", "bottom", "right")))
-        if strided or margins == Margins():
-            continue
-        layer.form = replace(layer.form, placement=replace(layer.form.placement, writes=margins))
-        for user in node.users:
-            form = packed[user].form
-            roles = [role for role, read in zip(("reads", "adds"), user.args, strict=False) if read is node]
-            packed[user].form = replace(form, placement=replace(form.placement, **dict.fromkeys(roles, margins)))
+    for node, layer in packed.items():  # in the order of the graph: what a layer reads is settled before it
+        if node.users and all(user in packed for user in node.users):
+            _place_result(node, layer, packed)
+
+
+def _place_result(node: fx.Node, layer: PackedConv2d, packed: dict[fx.Node, PackedConv2d]) -> None:
+    from passes.kernel import Margins
+
+    readers = [packed[user].form.geometry for user in node.users if user.args[0] is node]
+    adders = [packed[user].form for user in node.users if node in user.args[1:]]
+    wanted = [geometry.margins() for geometry in readers if geometry.stride == (1, 1)]
+    beside = [beside_rows(layer.form.geometry, layer.form.placement.reads)]
+    beside += [beside_rows(form.geometry, form.placement.reads) for form in adders]
+    margins = Margins(
+        top=max((each.top for each in wanted), default=0),
+        bottom=max((each.bottom for each in wanted), default=0),
+        right=max(beside + [each.right for each in wanted]),
+    )
+    layer.form = replace(layer.form, placement=replace(layer.form.placement, writes=margins))
+    for user in node.users:
+        form = packed[user].form
+        roles = [role for role, read in zip(("reads", "adds"), user.args, strict=False) if read is node]
+        packed[user].form = replace(form, placement=replace(form.placement, **dict.fromkeys(roles, margins)))
+
+
+def beside_rows(geometry: Geometry, reads: Margins) -> int:
+    """Pixels that a layer computes between two rows of its result and drops, for an input with margins `reads`."""
+    reach, step = geometry.reach[1], geometry.stride[1]
+    if geometry.stride != (1, 1):
+        return reach // step
+    own = geometry.margins()
+    in_place = reads.top >= own.top and reads.bottom >= own.bottom and reads.right >= own.right
+    row_beyond_picture = reads.right if in_place else own.right
+    return max(0, row_beyond_picture + reach - geometry.padding[2] - geometry.padding[3])

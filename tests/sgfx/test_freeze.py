@@ -15,7 +15,10 @@ import sgfx
 from passes.errors import InputError
 from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
-from passes.kernel import PackedConv2d, supported
+from passes.freezing.placing import beside_rows
+from passes.kernel import Margins, PackedConv2d, supported
+from passes.kernel.geometry import Geometry
+from passes.kernel.schedule import Job, Tiling, schedule
 
 needs_kernel = pytest.mark.skipif(supported() is not None, reason="the kernel does not run here")
 
@@ -156,6 +159,53 @@ def test_layers_between_packed_ones_write_into_padded_planes():
     assert sum(module.form.placement.writes.top > 0 for module in packed) >= 9
     assert error(frozen, small, images) < 1e-5
     assert error(frozen, small, torch.randn(1, 3, 40, 24)) < 1e-5
+
+
+class Bottlenecks(nn.Module):
+    """Two blocks as ResNet-50 has them, the second with a stride, between layers that no kernel reads."""
+
+    def __init__(self):
+        super().__init__()
+        for block, (inputs, stride) in enumerate(((8, 1), (16, 2))):
+            self.add_module(f"narrow{block}", nn.Conv2d(inputs, 8, 1))
+            self.add_module(f"wide{block}", nn.Conv2d(8, 8, 3, stride, 1))
+            self.add_module(f"out{block}", nn.Conv2d(8, 16, 1))
+            self.add_module(f"down{block}", nn.Conv2d(inputs, 16, 1, stride))
+
+    def forward(self, x):
+        for block in range(2):
+            layers = dict(self.named_children())
+            y = F.relu(layers[f"wide{block}"](F.relu(layers[f"narrow{block}"](x))))
+            x = F.relu(layers[f"out{block}"](y) + layers[f"down{block}"](x))
+        return x.mean((2, 3))
+
+
+@needs_kernel
+def test_margins_are_those_that_rows_leave_anyway():
+    model = sgfx.compile(trained(Bottlenecks()), groups=2, ratio=0.3, ignore=["down*"])
+    images = torch.randn(2, 8, 30, 30)
+    frozen = sgfx.freeze(model, images, strategy="kernel")
+    assert error(frozen, model, images) < 1e-5
+    assert error(frozen, model, torch.randn(1, 8, 13, 40)) < 1e-5
+    placed = {module.path: module.form.placement for module in frozen.modules() if type(module) is PackedConv2d}
+    assert placed["narrow0"].writes == Margins(2, 1, 1) == placed["wide0"].reads
+    assert placed["wide0"].writes == Margins(right=1) == placed["out0"].reads
+    assert placed["out0"].writes == Margins(right=1) == placed["down1"].reads == placed["narrow1"].reads
+    assert placed["wide1"].writes == Margins(right=1) == placed["out1"].reads
+    assert placed["down1"].writes == Margins(right=1) == placed["out1"].adds
+    assert placed["out1"].writes == Margins()  # a mean reads it
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("reads", [Margins(), Margins(2, 1, 1), Margins(0, 0, 1), Margins(4, 4, 3)])
+def test_pixels_beside_rows_are_those_of_the_schedule(size, stride, padding, reads):
+    geometry = Geometry(4, 4, (size, size), (stride, stride), (padding,) * 4)
+    job = Job(geometry, Tiling(), 1, 20, 20, reads, None, Margins(), 1, 8, 1)
+    found = schedule(job).template
+    assert beside_rows(geometry, reads) == found.row - found.columns
 
 
 def test_decisions_are_kept_and_taken_without_measuring(monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,8 +106,10 @@ def _name(path: str, decided: Mapping[str, object]) -> str:
 def _choose_one(
     recipe: Recipe, inputs: tuple[Tensor, ...], strategy: str | None, given: LayerDecision | None
 ) -> tuple[Any, LayerDecision]:
-    candidates = _candidates(recipe, inputs)
     macs = _macs(recipe, inputs[0])
+    if strategy == "library" and given is None:
+        return LibraryLayer(recipe), LayerDecision("library", macs=macs)
+    candidates = _candidates(recipe, inputs)
     if given is not None and given.name in candidates:
         return candidates[given.name](), given
     kernels = [name for name in candidates if name.startswith("kernel")]
@@ -127,13 +130,14 @@ def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callabl
         found["channels_last"] = lambda: LibraryLayer(recipe, channels_last=True)
     if kernel_obstacle(recipe, inputs[0]) is None:
         from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
+        from passes.kernel.packing import Tables
+
+        scale, shift = (None if x is None else x.to(inputs[0].dtype) for x in (recipe.scale, recipe.shift))
+        first = pack_layer(recipe.layer, scale=scale, shift=shift, activation=recipe.activation)
 
         def packed(tiling: Tiling) -> PackedConv2d:
-            layer = recipe.layer
-            scale, shift = (None if x is None else x.to(inputs[0].dtype) for x in (recipe.scale, recipe.shift))
-            return pack_layer(layer, scale=scale, shift=shift, activation=recipe.activation, tiling=tiling)
+            return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))
 
-        first = packed(Tiling())
         shape = inputs[0].shape if inputs[0].dim() == 4 else (inputs[0].shape[:-1].numel(), inputs[0].shape[-1], 1, 1)
         for tiling in tilings(first, shape):
             found[f"kernel {tiling.strip} {tiling.tasks}"] = partial(packed, tiling)

@@ -105,10 +105,11 @@ def surroundings_at(walk: Walk, stop: fx.Node) -> Surroundings:
     found = surroundings(walk.graphs[0], stop)
     calls = [node for node in walk.nodes if node.target == stop.target]
     if len(calls) > 1:
-        return Surroundings(None, None, all(surroundings(walk.graphs[0], call).clipped for call in calls))
+        each = [surroundings(walk.graphs[0], call) for call in calls]
+        return Surroundings(None, None, all(around == Surroundings(None, None, True) for around in each))
     norm, other = found.norm, found.other
     if norm is not None and sum(node.target == norm.target for node in walk.nodes) > 1:
-        return Surroundings(None, None, found.clipped and other is None)
+        return Surroundings(None, None, False)
     if other is not None and walk.route(stop, [other]) is None:
         return Surroundings(norm, None, False)
     return found
@@ -125,6 +126,8 @@ def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
     for held in walk.at(stop):
         for call in calls:
             y = held.value(0, call, stop)
+            if around.other is not None and not _fits(held.value(0, around.other, stop), y):
+                around = Surroundings(around.norm, None, False)
             positions = _positions(layer, y, share, generator)
             inputs.append(input_rows(layer, held.value(1, call.all_input_nodes[0], stop), positions))
             goal = output_rows(layer, y, positions).double() * scale + shift
@@ -136,6 +139,14 @@ def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
             wanted.append(goal)
             offsets.append(offset)
     return Sample(torch.cat(inputs), torch.cat(wanted), torch.cat(offsets), own_scale, around.clipped)
+
+
+def _fits(other: object, y: Tensor) -> bool:
+    """Whether adding `other` leaves the shape of `y` as it is."""
+    if not isinstance(other, Tensor) or other.dim() > y.dim():
+        return False
+    behind = y.shape[y.dim() - other.dim() :]
+    return all(size in (1, wanted) for size, wanted in zip(other.shape, behind, strict=True))
 
 
 def _affine(graph: fx.GraphModule, norm: fx.Node | None, layer: Any) -> tuple[Tensor, Tensor]:

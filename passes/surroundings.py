@@ -44,12 +44,14 @@ def surroundings(graph: fx.GraphModule, node: fx.Node) -> Surroundings:
     if reader is not None and is_affine(_module(graph, reader)):
         norm = reader
         last, reader = _only_reader(graph, norm)
-    if reader is not None and reader.target in SUMS and not reader.kwargs and len(reader.args) == 2:
+    if reader is not None and _is_one_of(reader, SUMS) and not reader.kwargs and len(reader.args) == 2:
         added = [each for each in reader.args if each is not last]
         if len(added) == 1 and isinstance(added[0], fx.Node):
             other = added[0]
             last, reader = _only_reader(graph, reader)
-    clipped = reader is not None and (reader.target in CLIPS or isinstance(_module(graph, reader), nn.ReLU | nn.ReLU6))
+    clipped = reader is not None and (
+        _is_one_of(reader, CLIPS) or isinstance(_module(graph, reader), nn.ReLU | nn.ReLU6)
+    )
     return Surroundings(norm, other, clipped)
 
 
@@ -78,6 +80,11 @@ def _only_reader(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node
             return node, reader
         node = reader
     return node, None
+
+
+def _is_one_of(node: fx.Node, operations: tuple[object, ...]) -> bool:
+    """Whether a node is one of some functions and methods (a module may have the name of a method)."""
+    return node.op in ("call_function", "call_method") and node.target in operations
 
 
 def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:

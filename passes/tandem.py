@@ -132,7 +132,7 @@ class Held:
     def advance(self, position: int) -> None:
         """Compute all nodes before `position`, dropping what nobody reads any more."""
         for side in (0, 1):
-            given = iter(pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._arguments[side]))
+            given = (x.clone() if isinstance(x, Tensor) else x for x in self._arguments[side])
             for node in self._walk.nodes[self._next : position] if self._next < position else ():
                 if node.op == "placeholder":
                     self._values[side][node] = next(given, *node.args)

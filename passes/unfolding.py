@@ -24,6 +24,7 @@ def input_rows(layer: Any, x: Tensor, positions: Tensor) -> Tensor:
     kernel = getattr(layer, "kernel_size", None)
     if kernel is None:
         return x.reshape(-1, x.shape[-1])[positions]
+    x = _batched(layer, x)
     padding = layer._pad if hasattr(layer, "_pad") else layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, padding, mode=mode)
@@ -42,12 +43,17 @@ def input_rows(layer: Any, x: Tensor, positions: Tensor) -> Tensor:
 
 def output_rows(layer: Any, y: Tensor, positions: Tensor) -> Tensor:
     """An output of `layer` (or a tensor of its shape) at `positions`: ``[len(positions), C_out]``."""
-    channels_last = y if getattr(layer, "kernel_size", None) is None else y.movedim(1, -1)
+    channels_last = y if getattr(layer, "kernel_size", None) is None else _batched(layer, y).movedim(1, -1)
     leading = channels_last.shape[:-1]
     return channels_last[torch.unravel_index(positions, leading)]
 
 
 def output_positions(layer: Any, y: Tensor) -> int:
     """Number of positions of an output of `layer`: images times pixels."""
-    channels = y.shape[-1 if getattr(layer, "kernel_size", None) is None else 1]
+    channels = y.shape[-1] if getattr(layer, "kernel_size", None) is None else _batched(layer, y).shape[1]
     return y.numel() // channels
+
+
+def _batched(layer: Any, x: Tensor) -> Tensor:
+    """A convolution also takes a single example, without the dimension of the batch."""
+    return x if x.dim() == len(layer.kernel_size) + 2 else x[None]

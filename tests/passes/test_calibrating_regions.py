@@ -77,6 +77,21 @@ def test_surroundings_of_each_layer():
     assert (found["conv3"].other.target, found["side"].other.target) == ("side", "conv3")
 
 
+def test_a_module_is_what_its_class_says_and_not_its_name():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.relu = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(x))
+
+    graph = trace(Named()).graphs["eval"]
+    conv = next(node for node in graph.graph.nodes if node.target == "conv")
+    assert not surroundings(graph, conv).clipped
+
+
 def test_a_tensor_that_a_hook_sees_is_not_bent():
     model = Residual()
     model.bn1.register_forward_hook(lambda *_: None)

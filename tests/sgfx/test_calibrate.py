@@ -103,6 +103,78 @@ def test_the_layer_before_a_sum_makes_up_for_the_other_branch(monkeypatch):
     assert error(dense, sgfx.compile(dense, **options), images(16)) > 0.1
 
 
+def test_what_a_sum_spreads_over_more_is_aimed_at_itself():
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.wide(x)
+            return F.relu(x + self.one(x))
+
+    dense = made(Spread())
+    small = sgfx.compile(dense, groups=2, ratio=0.25)
+    before = error(dense, small, images(64))
+    sgfx.calibrate(dense, small, images(64))
+    assert error(dense, small, images(64)) < before
+
+
+def test_norms_that_several_layers_share_are_left_alone():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, bias=False)
+            self.other, self.norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.norm(self.one(self.stem(x))))
+            return F.relu(self.norm(self.other(x)))
+
+    dense = made(Shared())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    before = error(dense, small, images(32))
+    sgfx.calibrate(dense, small, images(32))
+    assert error(dense, small, images(32)) < before
+    assert torch.equal(small.norm.running_mean, dense.norm.running_mean)
+
+
+def test_a_layer_that_is_called_twice_is_solved_for_both_calls():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return torch.cat([self.head(x), self.head(-3 * x + 1)], 1)
+
+    dense = made(Twice())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    sgfx.calibrate(dense, small, images(16))
+    only_first = nn.Sequential(dense.stem, dense.head)
+    first = sgfx.compile(only_first, groups=2, ratio=0.5, calibration=images(16))
+    other = copy.deepcopy(small)
+    other.head.load_state_dict(first[1].state_dict())
+    assert error(dense, small, images(16)) < error(dense, other, images(16))
+
+
+def test_a_single_example_needs_no_dimension_for_the_batch():
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.conv(self.stem(x[0]))])
+
+    dense = made(Single())
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    before = error(dense, small, images(1))
+    sgfx.calibrate(dense, small, images(1))
+    assert error(dense, small, images(1)) < 0.9 * before
+
+
 def test_only_kept_weights_biases_and_running_means_change():
     dense = made(Residual())
     small = sgfx.compile(dense, groups=2, ratio=0.5)

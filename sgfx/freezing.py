@@ -60,14 +60,17 @@ def freeze(
     check_model(model)
     inputs = as_inputs(example_inputs) or ()
     strategy = checked_strategy(strategy)
-    given = _given(model, decisions)
+    if strategy is not None and decisions is not None:
+        raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
+    given = None if strategy is not None else _given(model, decisions)
     with preserved_random_state():
         small = _eliminated(model, inputs)
         frozen, made = _frozen(small, inputs, strategy, given)
-        if strategy is None and given is None:
+        measured = strategy is None and given is None
+        if measured:
             library, _ = _frozen(small, inputs, "library", None)
             frozen, made = _faster(frozen, library, made, inputs)
-    if given is None and strategy is None:
+    if measured:
         attach_decisions(model, made)
     frozen.decisions = made  # type: ignore[assignment]
     return frozen

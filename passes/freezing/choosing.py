@@ -56,7 +56,7 @@ def choose(
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
-        elif isinstance(module, POOLS) and strategy is None:
+        elif isinstance(module, POOLS) and strategy != "library":
             name = _name(str(node.target), decided)
             chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
             graph.set_submodule(str(node.target), chosen)
@@ -113,7 +113,7 @@ def _choose_one(
     if given is not None and given.name in candidates:
         return candidates[given.name](), given
     kernels = [name for name in candidates if name.startswith("kernel")]
-    if strategy == "library" or (not kernels and strategy == "kernel") or len(candidates) == 1:
+    if (not kernels and strategy == "kernel") or len(candidates) == 1:
         return candidates["library"](), LayerDecision("library", macs=macs)
     if strategy == "kernel":
         candidates = {name: candidates[name] for name in kernels}
@@ -126,7 +126,8 @@ def _choose_one(
 def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], nn.Module]]:
     """Each candidate's name, and how to make it."""
     found: dict[str, Callable[[], nn.Module]] = {"library": lambda: LibraryLayer(recipe)}
-    if inputs[0].dim() == 4 and inputs[0].device.type == "cpu":
+    x, linear = inputs[0], hasattr(recipe.layer, "in_features")
+    if x.dim() == 4 and not linear and x.device.type == "cpu":
         found["channels_last"] = lambda: LibraryLayer(recipe, channels_last=True)
     if kernel_obstacle(recipe, inputs[0]) is None:
         from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
@@ -138,7 +139,7 @@ def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callabl
         def packed(tiling: Tiling) -> PackedConv2d:
             return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))
 
-        shape = inputs[0].shape if inputs[0].dim() == 4 else (inputs[0].shape[:-1].numel(), inputs[0].shape[-1], 1, 1)
+        shape = (x.shape[:-1].numel(), x.shape[-1], 1, 1) if linear else x.shape
         for tiling in tilings(first, shape):
             found[f"kernel {tiling.strip} {tiling.tasks}"] = partial(packed, tiling)
     return found

@@ -7,6 +7,8 @@ nobody who reads it could change it in place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -64,10 +66,8 @@ def _joins_channels(node: fx.Node) -> bool:
 
 def _parts(node: fx.Node) -> list[fx.Node]:
     """What a concatenation puts together, those within it taken apart."""
-    found: list[fx.Node] = []
-    for part in node.args[0]:  # type: ignore[union-attr]
-        found += _parts(part) if _joins_channels(part) else [part]  # type: ignore[list-item]
-    return found
+    parts: Any = node.args[0]
+    return [each for part in parts for each in (_parts(part) if _joins_channels(part) else [part])]
 
 
 def _extends(parts: list[fx.Node], before: list[fx.Node]) -> bool:

@@ -280,6 +280,8 @@ def test_bad_input():
         sgfx.freeze(model, IMAGES, strategy="fast")
     with pytest.raises(TypeError, match=r"decisions must be those of a frozen model, or their to_dict\(\), not int"):
         sgfx.freeze(model, IMAGES, decisions=3)
+    with pytest.raises(InputError, match="give only one of them"):
+        sgfx.freeze(model, IMAGES, strategy="library", decisions=sgfx.Decisions("", {}))
     with pytest.raises(InputError, match="these are no decisions"):
         sgfx.freeze(model, IMAGES, decisions={"version": 1})
     with pytest.raises(InputError, match="decisions have version 99, this sgfx reads version 1"):
@@ -338,3 +340,18 @@ def test_a_concatenation_that_is_changed_in_place_stays():
 
     model = trained(Model())
     assert error(sgfx.freeze(model, IMAGES, strategy="library"), model, IMAGES) < 1e-6
+
+
+def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    sgfx.freeze(small, IMAGES)
+    ways = {layer.way for layer in sgfx.freeze(small, IMAGES, strategy="library").decisions.layers.values()}
+    assert ways == {"library"}
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 5, 5, 8), (8,)])
+def test_linear_layers_on_any_number_of_dimensions(shape):
+    model = trained(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6)))
+    x = torch.randn(shape)
+    for strategy in (None, "library"):
+        assert error(sgfx.freeze(model, x, strategy=strategy), model, x) < 1e-5

@@ -1,8 +1,16 @@
 """Random networks: none may be compiled wrongly, and most must be compiled at all."""
 
-import pytest
+import contextlib
 
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+import sgfx
 from benchmarks.fuzz import fuzz
+from benchmarks.random_models import networks
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -12,3 +20,46 @@ def test_random_networks_equal_the_masked_ones():
     assert counts["refused"] == 0
     assert counts["exact"] + counts["exact, with elimination"] > 0.6 * counts.total()
     assert counts["exact, with elimination"] > 0.2 * counts.total()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("dtype", "strategy", "tolerance"), [(torch.float64, "library", 1e-8), (torch.float32, "kernel", 1e-4)]
+)
+def test_random_networks_equal_their_frozen_forms(dtype, strategy, tolerance):
+    frozen = []
+
+    @seed(0)
+    @settings(
+        max_examples=50,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    @given(networks(), st.sampled_from((0.5, 0.9)))
+    def one(drawn, ratio):
+        net, x = drawn[0].to(dtype).eval(), drawn[1].to(dtype)
+        for module in net.modules():  # a frozen model has no hooks, and those of these networks change what they see
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        small = net
+        with contextlib.suppress(sgfx.InputError):
+            small = sgfx.compile(net, groups=3, ratio=ratio, example_inputs=x)
+        with torch.no_grad():
+            try:
+                expected = flat(small(x))
+            except RuntimeError:  # without its hooks it is no network
+                return
+            given_ = flat(sgfx.freeze(small, x, strategy=strategy)(x))
+        if all(each.isfinite().all() and each.abs().max() < 1e6 for each in expected):
+            for a, b in zip(expected, given_, strict=True):
+                assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
+            frozen.append(1)
+
+    one()
+    assert len(frozen) > 30
+
+
+def flat(outputs):
+    return [each for each in pytree.tree_leaves(outputs) if isinstance(each, torch.Tensor)]

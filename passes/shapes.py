@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.cut import channel_counts, is_norm
@@ -128,6 +129,11 @@ class _ShapePropagation(fx.Interpreter):
         with mode, torch.no_grad():
             self.run(*fakes)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node's arguments, lists as plain ones: functions may write to them (Swin3d's window sizes)."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module, or say at once what its result's shape is, where torch would take many steps to say it."""
         module = self.fetch_attr(target)
@@ -149,3 +155,7 @@ class _ShapePropagation(fx.Interpreter):
             raise InputError(f"example_inputs of shape {given} do not fit the model {where}: {error}") from error
         n.meta["val"] = value
         return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, immutable_list) else value

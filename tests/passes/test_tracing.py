@@ -109,6 +109,29 @@ def test_what_can_not_be_traced_is_named_with_the_way_out():
         trace(Choosy())
 
 
+def _fit(window, size):
+    """Writes to its argument, as torchvision's Swin3d does."""
+    window[0] = min(window[0], size)
+    return window
+
+
+torch.fx.wrap("_fit")
+
+
+class Windowed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        return self.conv(x)[:, :, : _fit([7], x.shape[2])[0]]
+
+
+def test_functions_may_write_to_lists_that_they_are_given():
+    graph = trace(Windowed(), (torch.zeros(2, 3, 4, 4),)).graphs["eval"]
+    assert list(graph.graph.nodes)[-1].meta["val"].shape == (2, 8, 4, 4)
+
+
 def test_a_forward_replaced_on_the_instance_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     model.forward = lambda x: x

@@ -32,7 +32,7 @@ def main() -> None:
     """Run the sweep, print a line for each network, and exit with 1 if any of them failed."""
     options = parser().parse_args()
     every = names(timm=options.timm)
-    chosen = [name for name in every if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
+    chosen = dict.fromkeys(name for pattern in options.models for name in fnmatch.filter(every, pattern))
     options.results.mkdir(parents=True, exist_ok=True)
     records = []
     if not options.json:
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=["*"], metavar="PATTERN", help="names or patterns (default: all)"
+        "--models", nargs="+", default=["*"], metavar="PATTERN", help="names or patterns, in this order (default: all)"
     )
     parser.add_argument("--timm", action="store_true", help="timm's convolutional families instead of torchvision's")
     parser.add_argument("--json", action="store_true", help="print the records instead of lines")

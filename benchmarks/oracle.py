@@ -224,16 +224,15 @@ class Layout:
         grouped = leaf == "weight" and plan is not None and plan.labels is not None
         if name in self.names and cut is None and not grouped:
             return dense, dense.new_zeros(0)
-        index = torch.arange(dense.numel()).view(dense.shape)
+        rows = dense.flatten(0, 1) if dense.dim() > 1 else dense.view(-1)
+        index = torch.arange(len(rows)).view(dense.shape[:2])
+        places = self._places(index, path, leaf, grouped) if name in self.names else index.flatten()[:0]
+        eliminated = torch.ones(len(rows), dtype=torch.bool)
         if grouped:
-            index = index.flatten(2) if index.dim() > 2 else index[..., None]
-        places = self._places(index, path, leaf, grouped) if name in self.names else index[:0]
-        rest = torch.ones(dense.numel(), dtype=torch.bool)
-        if grouped:
-            rest.view(index.shape)[~plan.keep[plan.labels]] = False  # type: ignore[union-attr, index]
-        rest[places.flatten()] = False
-        kept = dense.flatten()[places]
-        return kept.view(len(places), *(dense.shape[2:] or (1,))) if grouped else kept, dense.flatten()[rest]
+            eliminated.view(index.shape)[~plan.keep[plan.labels]] = False  # type: ignore[union-attr, index]
+        eliminated[places.flatten()] = False
+        kernel = dense.shape[2:] or ((1,) if grouped else ())
+        return rows[places.flatten()].view(*places.shape, *kernel), rows[eliminated].flatten()
 
     def _places(self, index: Tensor, path: str, leaf: str, grouped: bool) -> Tensor:
         cut = self.cuts.get(path)
@@ -254,14 +253,13 @@ def _packed(index: Tensor, plan: Any, outputs: Tensor | None, inputs: Tensor | N
     """Rows of the packed weight: group after group, in it filter after filter, in it input after input."""
     alive = torch.zeros(plan.keep.shape[1], dtype=torch.bool)
     alive[slice(None) if inputs is None else inputs] = True
-    filters = range(plan.out_channels) if outputs is None else sorted(outputs.tolist())
-    rows = [
-        index[filter_][plan.keep[group] & alive]
+    present = torch.zeros(plan.out_channels, dtype=torch.bool)
+    present[slice(None) if outputs is None else outputs] = True
+    blocks = [
+        index[present & (plan.labels == group)][:, plan.keep[group] & alive].flatten()
         for group in range(plan.keep.shape[0])
-        for filter_ in filters
-        if plan.labels[filter_] == group
     ]
-    return torch.cat(rows) if rows else index[0, :0]
+    return torch.cat(blocks)
 
 
 def _outputs(masked: Sequence[Tensor], small: Sequence[Tensor]) -> list[float]:

@@ -41,6 +41,10 @@ class RandomNet(nn.Module):
             values.append(getattr(self, name)(*(values[number] for number in operands)))
         return values[self.results[0]] if len(self.results) == 1 else tuple(values[number] for number in self.results)
 
+    def extra_repr(self) -> str:
+        """What `print` shows: who is called with what."""
+        return f"{self.wiring} -> {self.results}" + (", dynamic" if self.dynamic else "")
+
 
 class Tap:
     """A feature tap: keeps what it sees."""

@@ -16,8 +16,6 @@ SMALL = (
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "googlenet",
-    "regnet_y_400mf",
-    "lraspp_mobilenet_v3_large",
     "ssdlite320_mobilenet_v3_large",
     "raft_small",
 )

@@ -164,8 +164,9 @@ def ready(kind, **options):
     ids=lambda model: type(model).__name__,
 )
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
-def test_unusual_models_are_compiled_exactly(model, ratio):
-    assert examine(copy.deepcopy(model), X, 2, ratio).startswith("exact")
+@pytest.mark.parametrize("eliminate", [False, True])
+def test_unusual_models_are_compiled_exactly(model, ratio, eliminate):
+    assert examine(copy.deepcopy(model), X, 2, ratio, eliminate).startswith("exact")
 
 
 def reasons(model, **options):

@@ -22,7 +22,7 @@ from passes.tandem import Walk
 from passes.trace import join
 from passes.unit import Unit
 from sgfx.calibration import walkable_regions
-from sgfx.reporting import count_macs
+from sgfx.counting import count_macs
 
 MEASURES = ("macs", "params")
 Budget = Mapping[str, float]

@@ -1,32 +1,24 @@
 """`sgfx.report`: what became of each layer, and what was asked for beside what was achieved.
 
-MACs are those of convolutions and matrix products; one multiply-add is one. fvcore counts the small model in its
-"blocks" form, so what is counted is what is computed. A model that fvcore can't trace is counted by torch's flop
-counter, halved.
+How MACs are counted stands in `sgfx.counting`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.copying import shadow
 from passes.cut import cuts
 from passes.errors import InputError
 from passes.freezing.decisions import Decisions
-from passes.layers.grouped import Grouped
 from passes.plan import LayerPlan, layer_shape, plans
-from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
-
-COUNTED = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "einsum"}
+from sgfx.counting import count_macs
 
 
 @dataclass(frozen=True)
@@ -228,46 +220,6 @@ def _eliminated(
 
 def _bias_size(layer: nn.Module) -> int:
     return 0 if layer._parameters.get("bias") is None else int(layer._parameters["bias"].numel())  # type: ignore[union-attr]
-
-
-def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
-    """Multiply-adds of convolutions and matrix products by module path, each with what is below it; "" is the total.
-
-    The model itself is not run: a copy without hooks is, in eval mode.
-    """
-    twin = shadow(model).eval()
-    for module in twin.modules():
-        if isinstance(module, Grouped):
-            module.form = "blocks"
-    with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
-        try:
-            return _counted_by_fvcore(twin, inputs)
-        except Exception:
-            return _counted_by_torch(twin, inputs)
-
-
-def _counted_by_fvcore(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
-    from fvcore.nn import FlopCountAnalysis
-
-    analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counts = analysis.by_module_and_operator()
-    return Counter({path: int(sum(n for op, n in ops.items() if op in COUNTED)) for path, ops in counts.items()})
-
-
-def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
-        raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error
-    root = type(model).__name__
-    counts = {path.removeprefix(root).removeprefix("."): ops for path, ops in counter.get_flop_counts().items()}
-    counts[""] = counts.pop("Global", counts.get("", {}))
-    return Counter({path: sum(ops.values()) // 2 for path, ops in counts.items()})
 
 
 def _parameters(module: nn.Module) -> int:

@@ -27,7 +27,7 @@ from passes.plan import LayerPlan, plans
 from passes.pruning import Pruning
 from passes.settings import checked_settings
 from passes.unit import Unit
-from sgfx.reporting import count_macs
+from sgfx.counting import count_macs
 
 Published = tuple[str, float, float, float, float]  # model, conv ratio, linear ratio, parameters, MACs
 

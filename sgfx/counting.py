@@ -1,0 +1,60 @@
+"""Counting multiply-adds: those of convolutions and matrix products; one multiply-add is one.
+
+fvcore counts a model with its grouped layers in the "blocks" form, so what is counted is what is computed. A model that
+fvcore can't trace is counted by torch's flop counter, halved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from passes.copying import shadow
+from passes.errors import InputError
+from passes.layers.grouped import Grouped
+from passes.random_state import preserved_random_state
+
+COUNTED = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "einsum"}
+
+
+def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    """Multiply-adds of convolutions and matrix products by module path, each with what is below it; "" is the total.
+
+    The model itself is not run: a copy without hooks is, in eval mode.
+    """
+    twin = shadow(model).eval()
+    for module in twin.modules():
+        if isinstance(module, Grouped):
+            module.form = "blocks"
+    with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
+        try:
+            return _counted_by_fvcore(twin, inputs)
+        except Exception:
+            return _counted_by_torch(twin, inputs)
+
+
+def _counted_by_fvcore(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    counts = analysis.by_module_and_operator()
+    return Counter({path: int(sum(n for op, n in ops.items() if op in COUNTED)) for path, ops in counts.items()})
+
+
+def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
+        raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error
+    root = type(model).__name__
+    counts = {path.removeprefix(root).removeprefix("."): ops for path, ops in counter.get_flop_counts().items()}
+    counts[""] = counts.pop("Global", counts.get("", {}))
+    return Counter({path: sum(ops.values()) // 2 for path, ops in counts.items()})

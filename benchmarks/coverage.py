@@ -50,14 +50,23 @@ def main() -> None:
         counts = Counter(record["status"] for record in records)
         print(f"{len(records)} networks: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if options.write:
-        files = [file_of(options.results, name) for name in names(timm=False) + names(timm=True)]
-        options.write.write_text(table([json.loads(file.read_text()) for file in files if file.exists()]))
+        every = names(timm=False) + names(timm=True)
+        options.write.write_text(table([record_of(options.results, name) for name in every]))
     sys.exit(any(record["status"] not in ("exact", "refused as it must be") for record in records))
 
 
 def file_of(results: Path, name: str) -> Path:
     """Where the record of a network is kept."""
     return results / f"{name.replace('/', '-')}.json"
+
+
+def record_of(results: Path, name: str) -> dict[str, Any]:
+    """The record of a network that may not have been examined yet."""
+    file = file_of(results, name)
+    if not file.exists():
+        return {"name": name, "family": family_of(name), "status": "not examined", "reason": "no result yet"}
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
 
 
 def parser() -> argparse.ArgumentParser:

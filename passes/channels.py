@@ -19,6 +19,7 @@ from typing import TypeAlias
 import networkx as nx
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.cut import channel_counts, is_cuttable, is_depthwise, is_norm, present_plan
 from passes.facts import Region, Regions
@@ -211,6 +212,8 @@ def _unknown(region: Region, regions: Regions, example_inputs: tuple[object, ...
         if region.path and seen is not None:
             observed = seen.called.get(region.path, {})
             inputs = observed[mode][0] if mode in observed else None
+            if inputs is not None and any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
+                return f"called with an empty tensor in {mode} mode: give example_inputs of which something reaches it"
         if not find_shapes(graph, inputs):
             return f"the shapes in its {mode} graph are not known: give example_inputs that fit it"
     return None

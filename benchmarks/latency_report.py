@@ -185,7 +185,11 @@ def write_chart(results: dict[str, Any], file: Path) -> None:
         colors = ["tab:orange" if form == "frozen" else "tab:blue" for form in spreads]
         panel.barh(list(spreads), middle, xerr=bars, color=colors)
         panel.invert_yaxis()
-        panel.set_xlim(0, 1.15 * max(ms for form, ms in zip(spreads, middle, strict=True) if form != "block by block"))
+        end = 1.15 * max(ms for form, ms in zip(spreads, middle, strict=True) if form != "block by block")
+        panel.set_xlim(0, end)
+        for row, ms in enumerate(middle):
+            if ms > end:  # the bar ends at the edge, its number does not
+                panel.text(0.98 * end, row, f"{ms:.0f} ms", ha="right", va="center", color="white")
         panel.set_title(title(key))
         panel.set_xlabel("ms per call")
     file.parent.mkdir(parents=True, exist_ok=True)

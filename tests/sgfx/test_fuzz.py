@@ -20,7 +20,7 @@ def test_random_networks_equal_the_masked_ones():
     assert counts["refused"] == 0
     assert counts["ill-conditioned"] < 0.02 * counts.total()
     assert counts["exact"] + counts["exact, something eliminated"] > 0.6 * counts.total()
-    assert counts["exact, something eliminated"] > 0.2 * counts.total()
+    assert counts["exact, something eliminated"] > 0.1 * counts.total()  # a third is not asked to eliminate
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

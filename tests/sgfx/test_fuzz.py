@@ -20,7 +20,8 @@ def test_random_networks_equal_the_masked_ones():
     assert counts["refused"] == 0
     assert counts["ill-conditioned"] < 0.02 * counts.total()
     assert counts["exact"] + counts["exact, something eliminated"] > 0.6 * counts.total()
-    assert counts["exact, something eliminated"] > 0.1 * counts.total()  # a third is not asked to eliminate
+    asked = 2 / 3 * counts.total()  # the others are compiled without elimination
+    assert counts["exact, something eliminated"] > 0.2 * asked
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
+from passes.freezing.chaining import chain
 from passes.freezing.choosing import checked_strategy, choose
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fusion import fuse
@@ -116,6 +117,7 @@ def _frozen(
         join(graph)
         layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
         place(graph)
+        chain(graph)
         parts.append((region.path, graph))
     if not parts:
         raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")

@@ -8,4 +8,5 @@
 | `decisions` | what was measured and chosen, and on what machine |
 | `choosing` | times the candidates of each layer on its real shape, and puts the fastest in |
 | `placing` | lets a layer write into the padded plane that the next one reads |
+| `chaining` | packed layers that follow each other run in one call |
 """

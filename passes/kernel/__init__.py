@@ -12,8 +12,9 @@ copied, and the permutations of eq. 17 are address arithmetic. The parts, in the
 | `target`, `activations`, `emission` | micro-kernels as LLVM IR for this machine's vectors |
 | `library`, `cache` | the same compiled, and kept on disk |
 | `call`, `jit`, `planes`, `driver`, `threads` | the compiled loops, and torch's own threads to run them |
-| `run`, `memory` | one call, and memory for it |
-| `ops`, `module` | the same as an operation of torch; the layer that calls it |
+| `run` | what is known of a layer's calls before there are tensors |
+| `program`, `memory` | layers that run in one call, and memory for it |
+| `ops`, `module`, `chain` | the same as an operation of torch; the layer that calls it; layers one after the other |
 
 `supported` says whether this machine can run it. `pack_layer` and `pack_conv2d` compile what is needed, so that no
 request has to wait for it. numba and llvmlite are imported when that happens.

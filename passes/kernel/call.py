@@ -1,4 +1,6 @@
-"""What the compiled driver is told about one call of one layer: a C structure that lives as long as the call.
+"""What the compiled driver is told about one layer of a call: a C structure that lives as long as the call.
+
+The layers that run one after the other in one call stand in an array of these structures.
 
 Addresses are in bytes; strides, sizes and offsets count numbers. *Pixels* are numbered as the kernel computes them:
 along rows of ``row`` pixels, of which the first ``columns`` are wanted.
@@ -9,8 +11,9 @@ from __future__ import annotations
 import ctypes
 
 _INTEGERS = (
-    # Progress, shared by the threads of a call; `address` is the structure's own.
-    *("address", "next_task", "next_slot"),
+    # Progress, shared by the threads; `address` is the structure's own. Of the first layer: how many `steps` there are,
+    # and the function in which threads `wait` for each other (0 if there is but one).
+    *("address", "next_copy", "next_task", "next_slot", "steps", "wait"),
     # Work: images × strips of pixels × chunks of blocks.
     *("tasks", "images", "strips", "chunks", "lanes", "kernels", "prefetch"),
     # What is read: input rows of `pixels` pixels; the layer's tables (see packing.py).
@@ -32,7 +35,7 @@ _INTEGERS = (
 
 
 class Call(ctypes.Structure):
-    """One call of one layer, as the compiled driver reads it."""
+    """One layer of a call, as the compiled driver reads it."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _INTEGERS),

@@ -1,7 +1,8 @@
 """The compiled loops around the micro-kernels: strips of pixels × blocks of filters.
 
-Every thread of a call runs the same function on the same `Call` and takes tasks off a shared counter until none is
-left, so a thread that is held up holds up nobody, and one thread alone does all the work.
+Every thread of a call runs the same function on the same array of `Call`, a layer each, and takes tasks off a shared
+counter until none is left, so a thread that is held up holds up nobody, and one thread alone does all the work. Between
+two layers, and between copying planes and computing with them, the threads wait for each other.
 """
 
 from __future__ import annotations
@@ -16,9 +17,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from passes.kernel.emission import ARGUMENTS, SIGNATURE
-from passes.kernel.jit import NEXT_SLOT, NEXT_TASK, clear, copy, entry, floats, integers, jit, prefetch, take
+from passes.kernel.jit import (
+    NEXT_SLOT,
+    NEXT_TASK,
+    call_function,
+    clear,
+    copy,
+    entry,
+    floats,
+    integers,
+    jit,
+    prefetch,
+    take,
+)
 from passes.kernel.library import TABLE_WIDTH
 from passes.kernel.packing import BLOCK_FIELDS
+from passes.kernel.planes import copy_planes
 
 _FILTERS, _INPUTS, _FIRST_INPUT, _FIRST_FILTER, _FIRST_WEIGHT, _WORK_BEFORE = range(BLOCK_FIELDS)
 _TILE_FILTERS = 8
@@ -190,13 +204,27 @@ def _multiply_task(call: Any, task: int, tiles: int) -> None:
         _run_block(call, block, x, image, first, end, tiles)
 
 
-@entry
-def multiply(calls: Any) -> None:
+@jit
+def _multiply(call: Any, slot: int) -> None:
     """Compute the layer, one (image, strip, chunk) per task."""
-    call = numba.carray(calls, 1)[0]
-    slot = take(call.address + NEXT_SLOT)
     tiles = call.tiles + 4 * 2 * _TILE_FILTERS * call.tile_row * slot
     task = take(call.address + NEXT_TASK)
     while task < call.tasks:
         _multiply_task(call, task, tiles)
         task = take(call.address + NEXT_TASK)
+
+
+@entry
+def run_steps(calls: Any) -> None:
+    """Compute the layers one after the other; what one has written, the next may read."""
+    first = numba.carray(calls, 1)[0]
+    steps, wait, slot = first.steps, first.wait, take(first.address + NEXT_SLOT)
+    for step in range(steps):
+        call = numba.carray(calls, steps)[step]
+        if call.planes != 0:
+            copy_planes(call)
+            if wait != 0:
+                call_function(wait)
+        _multiply(call, slot)
+        if wait != 0 and step + 1 < steps:
+            call_function(wait)

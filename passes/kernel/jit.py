@@ -19,7 +19,7 @@ from passes.kernel import cache
 from passes.kernel.call import Call
 
 _RECORD = types.CPointer(numba.from_dtype(np.dtype(Call)))
-NEXT_TASK, NEXT_SLOT = Call.next_task.offset, Call.next_slot.offset
+NEXT_COPY, NEXT_TASK, NEXT_SLOT = Call.next_copy.offset, Call.next_task.offset, Call.next_slot.offset
 
 
 def jit(function: Any) -> Any:
@@ -28,7 +28,7 @@ def jit(function: Any) -> Any:
 
 
 def entry(function: Any) -> Any:
-    """Compile a function of one `Call`, or load it from the kernel's own cache."""
+    """Compile a function of the first `Call` of an array, or load it from the kernel's own cache."""
     place, before = cache.directory(), numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(place or "")
     try:
@@ -62,6 +62,18 @@ def take(typing: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def call_function(typing: Any, function: Any) -> Any:
+    """Call the C function ``void f(void)`` at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 def _four_numbers(builder: Any, address: Any, shift: int) -> tuple[Any, Any]:

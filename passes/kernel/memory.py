@@ -36,3 +36,33 @@ def _madvise() -> Any | None:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return advise
+
+
+class Arena:
+    """Plans one block of memory for tensors that don't all live at the same time: each takes the first gap it fits in.
+
+    Attributes:
+        size: numbers that the block must have.
+    """
+
+    _GRAIN = 16  # numbers in a line of the caches
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.size = 0
+        self._taken: dict[int, int] = {}  # start: end
+
+    def take(self, count: int) -> int:
+        """Return where `count` numbers may lie until they are given back."""
+        start, count = 0, max(count, 1)  # places are told apart by where they start
+        for other in sorted(self._taken):
+            if start + count <= other:
+                break
+            start = -(-self._taken[other] // self._GRAIN) * self._GRAIN
+        self._taken[start] = start + count
+        self.size = max(self.size, start + count)
+        return start
+
+    def give(self, start: int) -> None:
+        """Give back what was taken at `start`."""
+        del self._taken[start]

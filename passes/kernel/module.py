@@ -15,10 +15,24 @@ from passes.kernel import ops, threads
 from passes.kernel.activations import activation as known_activation
 from passes.kernel.geometry import Geometry
 from passes.kernel.packing import Block, Tables, layer_blocks, pack
-from passes.kernel.run import NO_PLACEMENT, Form, Placement, Plan, execute, plan, prepare
+from passes.kernel.program import Program, Step, bind, execute, program
+from passes.kernel.run import NO_PLACEMENT, Form, Placement, plan, prepare
 from passes.kernel.schedule import DEFAULT_TILING, Tiling
 
-_MOST_PLANS = 256  # of one layer: pictures may come in any size, for as long as a server runs
+_MOST_PROGRAMS = 256  # of one module: pictures may come in any size, for as long as a server runs
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a call is not to be run but to be written down, by `torch.compile` or `torch.export`."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def remember(programs: dict[Any, Program], key: Any, found: Program) -> Program:
+    """Keep a program for the next call with tensors of these shapes."""
+    if len(programs) >= _MOST_PROGRAMS:
+        programs.clear()
+    programs[key] = found
+    return found
 
 
 class PackedConv2d(nn.Module):
@@ -45,7 +59,7 @@ class PackedConv2d(nn.Module):
     @form.setter
     def form(self, form: Form) -> None:
         self._form = form
-        self._plans: dict[Any, Plan] = {}
+        self._programs: dict[Any, Program] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute ``activation(conv(x) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
@@ -58,24 +72,29 @@ class PackedConv2d(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("a packed layer is for inference: it has no gradient. Call it under torch.no_grad()")
-        if type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return ops.conv2d(x, residual, self._tables(), self.form, out)
-        team = threads.available()
-        key = (x.shape, residual is None, team)
-        found = self._plans.get(key)
+        if is_traced(x):
+            return ops.conv2d(x, residual, self.tables, self.form, out)
+        inputs = (x,) if residual is None else (x, residual)
+        shapes, team = [each.shape for each in inputs], threads.available()
+        key = (*shapes, team)
+        found = self._programs.get(key)
         if found is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            found = plan(self._form, tuple(x.shape), residual is not None, len(self.blocks) - 1, team)
-            self._plans[key] = found
-        return execute(found, x, residual, self._tables(), out)
+            step = Step(self.form, len(self.blocks) - 1, adds=None if residual is None else 1)
+            found = remember(self._programs, key, bind(program([step], [0], shapes, team), [self.tables]))
+        return execute(found, inputs, None if out is None else (out,))[0]
 
-    def _tables(self) -> Tables:
+    @property
+    def tables(self) -> Tables:
+        """The packed layer."""
         return Tables(**self._buffers)  # type: ignore[arg-type]  # registered from just these fields
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._programs.clear()  # they hold the addresses of tensors that may move now
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> dict[str, Any]:
-        """Plans hold addresses of this process."""
-        return {**self.__dict__, "_plans": {}}
+        """Programs hold addresses of this process."""
+        return {**self.__dict__, "_programs": {}}
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from passes.kernel import threads
 from passes.kernel.geometry import Geometry, Margins
 from passes.kernel.packing import Tables
-from passes.kernel.run import Form, Placement, execute, output_shape, plan
+from passes.kernel.program import Step, bind, execute, program
+from passes.kernel.run import Form, Placement, output_shape
 from passes.kernel.schedule import Tiling
 
 _LAYER = (
@@ -60,8 +61,7 @@ def _conv2d(
     geometry: list[int], activation: str, margins: list[int], tiling: list[int],
 ) -> Tensor:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    found = plan(form, tuple(x.shape), residual is not None, len(blocks) - 1, threads.available())
-    return execute(found, x, residual, Tables(weight, bias, inputs, filters, blocks))
+    return _execute(x, residual, Tables(weight, bias, inputs, filters, blocks), form, None)
 
 
 @torch.library.impl(_library, "conv2d_out", "CPU")
@@ -71,8 +71,14 @@ def _conv2d_out(
     geometry: list[int], activation: str, margins: list[int], tiling: list[int], out: Tensor,
 ) -> None:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    found = plan(form, tuple(x.shape), residual is not None, len(blocks) - 1, threads.available())
-    execute(found, x, residual, Tables(weight, bias, inputs, filters, blocks), out)
+    _execute(x, residual, Tables(weight, bias, inputs, filters, blocks), form, (out,))
+
+
+def _execute(x: Tensor, residual: Tensor | None, tables: Tables, form: Form, outs: tuple[Tensor] | None) -> Tensor:
+    inputs = (x,) if residual is None else (x, residual)
+    step = Step(form, len(tables.blocks) - 1, adds=None if residual is None else 1)
+    found = program([step], [0], [each.shape for each in inputs], threads.available())
+    return execute(bind(found, [tables]), inputs, outs)[0]
 
 
 @torch.library.register_fake("sgfx::conv2d_out", lib=_library)  # type: ignore[untyped-decorator]

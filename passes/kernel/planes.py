@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
-
-from passes.kernel.jit import NEXT_TASK, clear, copy_strided, entry, floats, integers, jit, take
+from passes.kernel.jit import NEXT_COPY, clear, copy_strided, floats, integers, jit, take
 
 
 @jit
@@ -43,12 +41,11 @@ def _copy_channels(call: Any, task: int) -> None:
             _copy_phase(call, picture, plane + 4 * phase * call.planes_phase, down, right)
 
 
-@entry
-def copy_planes(calls: Any) -> None:
+@jit
+def copy_planes(call: Any) -> None:
     """Copy the channels of an image into padded planes, split into the phases of the stride, some at a time."""
-    call = numba.carray(calls, 1)[0]
     tasks = call.images * ((call.channels + call.copied_at_once - 1) // call.copied_at_once)
-    task = take(call.address + NEXT_TASK)
+    task = take(call.address + NEXT_COPY)
     while task < tasks:
         _copy_channels(call, task)
-        task = take(call.address + NEXT_TASK)
+        task = take(call.address + NEXT_COPY)

@@ -1,4 +1,4 @@
-"""One call of a packed layer: allocate, fill in the addresses, copy the planes if needed, multiply."""
+"""What is known of a layer's calls before there are tensors: its form, and the plan for inputs of one shape."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from passes.errors import InputError
-from passes.kernel import threads
 from passes.kernel.activations import activation
 from passes.kernel.call import Call
 from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
 from passes.kernel.library import Library, library
-from passes.kernel.memory import empty
-from passes.kernel.packing import Tables
 from passes.kernel.schedule import DEFAULT_TILING, Job, Schedule, Tiling, schedule
 from passes.kernel.target import MOST_FILTERS, Target, host
 
@@ -57,24 +51,33 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A form for inputs of one shape: all that a call needs besides its tensors."""
+    """A form for inputs of one shape: all that a call needs besides its tensors.
+
+    Attributes:
+        schedule: how the work is divided.
+        template: the call, without the addresses of tensors.
+        out_shape: shape of the result, margins included.
+        residual_shape: shape of what is added, margins included, or None.
+        reads_from: numbers between the start of the input and the first pixel of its picture.
+        adds_from: the same for the residual.
+        library: keeps the code alive.
+    """
 
     schedule: Schedule
     template: Call
     out_shape: tuple[int, ...]
     residual_shape: tuple[int, ...] | None
-    reads_from: int  # numbers between the start of the input and the first pixel of its picture
+    reads_from: int
     adds_from: int
-    library: Library  # keeps the code alive
+    library: Library
 
 
 @cache
-def _compiled() -> tuple[Any, int, Any, int]:
-    """The driver's two functions, callable and as addresses."""
-    from passes.kernel.driver import multiply
-    from passes.kernel.planes import copy_planes as copy
+def compiled() -> tuple[Any, int]:
+    """The driver's function, callable and as an address."""
+    from passes.kernel.driver import run_steps
 
-    return copy.ctypes, copy.address, multiply.ctypes, multiply.address
+    return run_steps.ctypes, run_steps.address
 
 
 def prepare(target: Target | None = None) -> Target:
@@ -85,7 +88,7 @@ def prepare(target: Target | None = None) -> Target:
     found = host() if target is None else target
     if isinstance(found, str):
         raise InputError(found)
-    _compiled()
+    compiled()
     library(found)
     return found
 
@@ -122,69 +125,3 @@ def plan(form: Form, shape: tuple[int, ...], has_residual: bool, pieces: int, te
         adds_from=placement.adds.top * call.residual_row,
         library=kernels,
     )
-
-
-def execute(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out: Tensor | None = None) -> Tensor:
-    """Compute ``activation(layer(x) + residual)``.
-
-    Args:
-        plan: for an input of this shape.
-        x: fp32 ``[N, C_in, H, W]`` on the CPU, margins included; copied unless each image is contiguous.
-        residual: what to add, margins included, or None; likewise.
-        tables: the packed layer.
-        out: where to write, or None for a new tensor. Each image must be contiguous, so a range of the channels of a
-            wider tensor will do.
-
-    Returns:
-        fp32 ``[N, C_out, H', W']``, margins included: `out` if that was given.
-    """
-    _check(plan, x, residual, tables, out)
-    out, found = empty(plan.out_shape) if out is None else out, plan.schedule
-    if out.numel() == 0:
-        return out
-    x = _by_image(x)
-    call = Call.from_buffer_copy(plan.template)
-    call.address = address = ctypes.addressof(call)
-    call.weight, call.bias = tables.weight.data_ptr(), tables.bias.data_ptr()
-    call.inputs, call.filters, call.blocks = (
-        tables.inputs.data_ptr(),
-        tables.filters.data_ptr(),
-        tables.blocks.data_ptr(),
-    )
-    call.out = out.data_ptr() + 4 * call.out_top * call.out_row
-    call.out_image, call.x, call.picture_image = out.stride(0), x.data_ptr(), x.stride(0)
-    if residual is not None:
-        residual = _by_image(residual)
-        call.residual_image = residual.stride(0)
-        call.residual = residual.data_ptr() + 4 * plan.adds_from
-    if found.tiles:
-        tiles = empty((found.tiles,))
-        call.tiles = tiles.data_ptr()
-    copy, copy_address, multiply, multiply_address = _compiled()
-    if found.copied:
-        planes = empty((found.copied,))
-        call.picture, call.planes, call.x = call.x + 4 * plan.reads_from, planes.data_ptr(), planes.data_ptr()
-        threads.run(copy, copy_address, address, found.threads)
-        call.next_task = call.next_slot = 0
-    else:
-        call.x_image = x.stride(0)
-    threads.run(multiply, multiply_address, address, found.threads)
-    return out
-
-
-def _by_image(tensor: Tensor) -> Tensor:
-    """The tensor itself if each of its images is contiguous, else a contiguous copy."""
-    return tensor if tensor.is_contiguous() or tensor[0].is_contiguous() else tensor.contiguous()
-
-
-def _check(plan: Plan, x: Tensor, residual: Tensor | None, tables: Tables, out: Tensor | None) -> None:
-    for name, tensor in (("input", x), ("residual", residual), ("weight", tables.weight), ("out", out)):
-        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_cpu):
-            raise InputError(f"the kernel computes fp32 on the CPU; the {name} is {tensor.dtype} on {tensor.device}")
-    if residual is not None and residual.shape != plan.residual_shape:
-        raise InputError(f"the residual must be {list(plan.residual_shape or ())}, not {list(residual.shape)}")
-    if out is None:
-        return
-    if out.shape != plan.out_shape or (out.numel() and not out[0].is_contiguous()):
-        found = f"{list(out.shape)} with strides {out.stride()}"
-        raise InputError(f"out must be {list(plan.out_shape)} with contiguous images, not {found}")

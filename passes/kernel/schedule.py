@@ -128,7 +128,7 @@ def schedule(job: Job) -> Schedule:
     taps = (ctypes.c_int64 * len(source.taps))(*source.taps)
     phases = (ctypes.c_int64 * (2 * len(source.phases)))(*(each for phase in source.phases for each in phase))
     call.taps, call.phases = ctypes.addressof(taps), ctypes.addressof(phases)
-    tiles = 2 * 8 * call.tile_row * threads if call.staged else 0
+    tiles = 2 * 8 * call.tile_row * job.threads if call.staged else 0
     return Schedule((rows, columns), copied, tiles, threads, call, (taps, phases))
 
 

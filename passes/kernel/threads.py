@@ -39,12 +39,12 @@ def available() -> int:
 
 
 def run(function: Callable[[int], None], address: int, call: int, threads: int) -> None:
-    """Run a compiled function on `threads` threads at once, all on the call at address `call`.
+    """Run a compiled function on `threads` threads at once, all on the calls at address `call`.
 
     Args:
         function: the compiled function, callable from Python.
         address: of the same function.
-        call: address of a `Call`.
+        call: address of the first `Call`.
         threads: at most `available()`.
     """
     parallel = _parallel()
@@ -55,15 +55,32 @@ def run(function: Callable[[int], None], address: int, call: int, threads: int) 
 
 
 @cache
+def barrier() -> int:
+    """Address of the OpenMP runtime's function in which the threads of a team wait for each other; 0 without OpenMP."""
+    runtime = _runtime()
+    return 0 if runtime is None else ctypes.cast(runtime.GOMP_barrier, ctypes.c_void_p).value or 0
+
+
+@cache
 def _parallel() -> Any | None:
     """The OpenMP runtime's entry point, or None if torch has none."""
+    runtime = _runtime()
+    if runtime is None:
+        return None
+    entry = runtime.GOMP_parallel
+    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return entry
+
+
+@cache
+def _runtime() -> ctypes.CDLL | None:
+    """torch's library, through which its OpenMP runtime is found, or None if it has none."""
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     prefix = "" if sys.platform == "win32" else "lib"
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"{prefix}torch_cpu.{suffix}"))
-        entry = torch_cpu.GOMP_parallel
+        found = torch_cpu.GOMP_parallel and torch_cpu.GOMP_barrier
     except (OSError, AttributeError):
         return None
-    entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    entry.restype = None
-    return entry
+    return torch_cpu if found else None

@@ -15,7 +15,8 @@ from passes import kernel
 from passes.errors import InputError
 from passes.kernel import Block, Form, Geometry, Margins, Placement, Target, Tiling
 from passes.kernel.packing import pack
-from passes.kernel.run import execute, plan
+from passes.kernel.program import Step, bind, execute, program
+from passes.kernel.run import plan
 
 HOST = kernel.host()
 if isinstance(HOST, str):
@@ -69,9 +70,10 @@ def reference(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def run(layer: Layer, form: Form, x: Tensor, residual: Tensor | None = None, threads: int = 1) -> Tensor:
     tables = pack(layer.blocks, layer.bias, layer.geometry, 8)
-    return execute(
-        plan(form, tuple(x.shape), residual is not None, len(tables.blocks) - 1, threads), x, residual, tables
-    )
+    inputs = (x,) if residual is None else (x, residual)
+    step = Step(form, len(tables.blocks) - 1, adds=None if residual is None else 1)
+    planned = program([step], [0], [each.shape for each in inputs], threads)
+    return execute(bind(planned, [tables]), inputs)[0]
 
 
 def check(layer: Layer, form: Form, x: Tensor, add: bool, threads: int = 1) -> None:

@@ -17,6 +17,7 @@ from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
 from passes.freezing.placing import beside_rows
 from passes.kernel import Margins, PackedConv2d, supported
+from passes.kernel.chain import PackedChain
 from passes.kernel.geometry import Geometry
 from passes.kernel.schedule import Job, Tiling, schedule
 
@@ -178,6 +179,31 @@ class Bottlenecks(nn.Module):
             y = F.relu(layers[f"wide{block}"](F.relu(layers[f"narrow{block}"](x))))
             x = F.relu(layers[f"out{block}"](y) + layers[f"down{block}"](x))
         return x.mean((2, 3))
+
+
+class Taps(nn.Module):
+    """Three convolutions of which a later operation reads two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        first = self.a(x)
+        second = self.b(first)
+        third = self.c(second) + first
+        return self.d(torch.sigmoid(first)), third
+
+
+@needs_kernel
+def test_layers_that_follow_each_other_run_in_one_call():
+    model, images = Taps().eval(), torch.randn(2, 6, 9, 9)
+    frozen = sgfx.freeze(model, images, strategy="kernel")
+    chains = [module for module in frozen.modules() if type(module) is PackedChain]
+    assert [(chain.reads, chain.outputs) for chain in chains] == [(((0, None), (1, None), (2, 1)), (0, 2))]
+    with torch.no_grad():
+        for result, expected in zip(frozen(images), model(images), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernel

@@ -1,0 +1,209 @@
+"""Programs: layers that run one after the other in one call, and where their tensors lie.
+
+Between two layers Python would first have to be fetched into the caches again, which the layers fill: some 20 µs, as
+long as a small layer takes. So steps are planned once for inputs of one shape, as an array of `Call` in which only
+addresses are missing. A call copies that array, fills them in, and hands it to the threads.
+
+Results that are read within the program only, copied planes and tiles lie in one block of memory, the *arena*, which is
+allocated for each call. What is not needed at the same time shares its place there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from passes.errors import InputError
+from passes.kernel import threads
+from passes.kernel.call import Call
+from passes.kernel.memory import Arena, empty
+from passes.kernel.packing import Tables
+from passes.kernel.run import Form, Plan, compiled, plan
+
+_WORDS = ctypes.sizeof(Call) // 8
+_CALLS, _ARENA, _GIVEN = range(3)  # what addresses start from; of each tensor given, its address and its image stride
+
+
+class Step(NamedTuple):
+    """A layer of a program.
+
+    Attributes:
+        form: how it is computed.
+        pieces: of its blocks.
+        reads: number of the tensor that it reads: the program's inputs come first, then the results of the steps.
+        adds: number of the residual, or None.
+    """
+
+    form: Form
+    pieces: int
+    reads: int = 0
+    adds: int | None = None
+
+
+class _Link(NamedTuple):
+    """A word of the calls that is filled in later: what it starts from, and how many bytes are added."""
+
+    word: int
+    base: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps for inputs of one shape.
+
+    Attributes:
+        calls: int64, an array of `Call`, in which addresses are missing.
+        words, bases, offsets: int64 ``[n]``: which of its words, what they start from, and what is added to that.
+        arena: size of the arena, in numbers.
+        threads: threads that have something to do.
+        out_shapes: shapes of the results that leave the program, margins included.
+        plans: of the steps; they keep alive what the calls point to.
+    """
+
+    calls: NDArray[np.int64]
+    words: NDArray[np.int64]
+    bases: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    arena: int
+    threads: int
+    out_shapes: tuple[tuple[int, ...], ...]
+    plans: tuple[Plan, ...]
+
+
+def program(steps: Sequence[Step], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int) -> Program:
+    """Plan steps for inputs of `shapes`, margins included, on `team` threads; `outputs` are the steps to return."""
+    known, plans = [tuple(shape) for shape in shapes], []
+    for step in steps:
+        found = plan(step.form, known[step.reads], step.adds is not None, step.pieces, team)
+        if step.adds is not None and known[step.adds] != found.residual_shape:
+            raise InputError(f"the residual must be {list(found.residual_shape or ())}, not {list(known[step.adds])}")
+        plans.append(found)
+        known.append(found.out_shape)
+    calls = (Call * len(plans))(*(each.template for each in plans))
+    used = max(each.schedule.threads for each in plans)
+    calls[0].steps, calls[0].wait = len(plans), threads.barrier() if used > 1 else 0
+    given = {number: number for number in range(len(shapes))}
+    given |= {len(shapes) + step: len(shapes) + index for index, step in enumerate(outputs)}
+    links, arena = _placed(steps, plans, calls, given, known)
+    words, bases, offsets = np.array(links, dtype=np.int64).T.copy()
+    out_shapes = tuple(plans[step].out_shape for step in outputs)
+    return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, tuple(plans))
+
+
+def bind(program: Program, tables: Sequence[Tables]) -> Program:
+    """Fill in where the packed layers of all steps lie. They must stay there."""
+    calls = program.calls.copy()
+    for step, table in enumerate(tables):
+        _check("weight", table.weight)
+        for name, tensor in table._asdict().items():
+            calls[_word(step, name)] = tensor.data_ptr()
+    return replace(program, calls=calls)
+
+
+def execute(program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    """Run a program whose layers are bound.
+
+    Args:
+        program: for inputs of these shapes.
+        inputs: fp32 ``[N, C, H, W]`` on the CPU, margins included; copied unless each image is contiguous.
+        outs: where to write, or None for new tensors. Each image must be contiguous, so a range of the channels of a
+            wider tensor will do.
+
+    Returns:
+        The results that leave the program, margins included: `outs` if those were given.
+    """
+    if outs is None:
+        outs = [empty(shape) for shape in program.out_shapes]
+    else:
+        _check_outs(program, outs)
+    for tensor in inputs:
+        _check("input", tensor)
+    if outs[0].numel() == 0:
+        return outs
+    given = (*map(_by_image, inputs), *outs)
+    arena = empty((program.arena,))
+    calls = program.calls.copy()
+    address: int = calls.ctypes.data
+    bases = [address, arena.data_ptr()]
+    for tensor in given:
+        bases += (tensor.data_ptr(), tensor.stride(0))
+    calls[program.words] = np.array(bases)[program.bases] + program.offsets
+    threads.run(*compiled(), address, program.threads)
+    return outs
+
+
+def _placed(
+    steps: Sequence[Step], plans: Sequence[Plan], calls: ctypes.Array[Call], given: dict[int, int],
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[list[_Link], int]:  # fmt: skip
+    """Give every tensor its place; return what is to be filled in, and the size of the arena."""
+    arena = Arena()
+    links: list[_Link] = []
+    inputs = len(shapes) - len(steps)
+    last = {number: index for index, step in enumerate(steps) for number in (step.reads, step.adds)}
+    places: dict[int, int] = {}
+
+    def link(index: int, name: str, image: str, number: int, more: int = 0) -> None:
+        """Note where a tensor lies, and how far apart its images do."""
+        if number in given:
+            base = _GIVEN + 2 * given[number]
+            links.extend((_Link(_word(index, name), base, 4 * more), _Link(_word(index, image), base + 1)))
+        else:
+            links.append(_Link(_word(index, name), _ARENA, 4 * (places[number] + more)))
+            setattr(calls[index], image, math.prod(shapes[number][1:]))
+
+    for index, (step, each, call) in enumerate(zip(steps, plans, calls, strict=True)):
+        result = inputs + index
+        if result not in given:
+            places[result] = arena.take(math.prod(shapes[result]))
+        links.append(_Link(_word(index, "address"), _CALLS, index * ctypes.sizeof(Call)))
+        link(index, "out", "out_image", result, call.out_top * call.out_row)
+        if step.adds is not None:
+            link(index, "residual", "residual_image", step.adds, each.adds_from)
+        aside = []
+        if each.schedule.copied:
+            aside.append(arena.take(each.schedule.copied))
+            link(index, "picture", "picture_image", step.reads, each.reads_from)
+            links.extend(_Link(_word(index, name), _ARENA, 4 * aside[-1]) for name in ("planes", "x"))
+        else:
+            link(index, "x", "x_image", step.reads)
+        if each.schedule.tiles:
+            aside.append(arena.take(each.schedule.tiles))
+            links.append(_Link(_word(index, "tiles"), _ARENA, 4 * aside[-1]))
+        done = [number for number in places if last.get(number, number - inputs) <= index]
+        for place in (*aside, *(places.pop(number) for number in done)):
+            arena.give(place)
+    return links, arena.size
+
+
+def _word(step: int, name: str) -> int:
+    """Which word of the calls a field of a step is."""
+    offset: int = getattr(Call, name).offset
+    return step * _WORDS + offset // 8
+
+
+def _by_image(tensor: Tensor) -> Tensor:
+    """The tensor itself if each of its images is contiguous, else a contiguous copy."""
+    return tensor if tensor.is_contiguous() or tensor[0].is_contiguous() else tensor.contiguous()
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        raise InputError(f"the kernel computes fp32 on the CPU; the {name} is {tensor.dtype} on {tensor.device}")
+
+
+def _check_outs(program: Program, outs: Sequence[Tensor]) -> None:
+    for out, shape in zip(outs, program.out_shapes, strict=True):
+        _check("out", out)
+        if out.shape != shape or (out.numel() and not out[0].is_contiguous()):
+            found = f"{list(out.shape)} with strides {out.stride()}"
+            raise InputError(f"out must be {list(shape)} with contiguous images, not {found}")

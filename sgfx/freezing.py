@@ -17,6 +17,7 @@ from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
 from passes.freezing.chaining import chain
 from passes.freezing.choosing import checked_strategy, choose
+from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fusion import fuse
 from passes.freezing.joining import join
@@ -114,6 +115,7 @@ def _frozen(
             continue
         like = next(region.graphs["eval"].parameters(), torch.empty(0))
         graph = fuse(region, like)
+        fold_constants(graph)
         join(graph)
         layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
         place(graph)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passes.cut import Cut, smaller
 from passes.layers.grouped import Grouped
 
 # What the kernel and the library can both do in place on a fresh result.
@@ -59,10 +60,28 @@ class Recipe(nn.Module):
         self.scale = scale if self.scale is None else self.scale * scale
         self.shift = shift if self.shift is None else self.shift * scale + shift
 
+    def add(self, constant: Tensor) -> None:
+        """Add a constant, ``[C_out]``, to what the layer computes, before the norms."""
+        scale = torch.ones_like(constant, dtype=torch.float64) if self.scale is None else self.scale
+        shift = scale * constant
+        self.scale, self.shift = scale, shift if self.shift is None else self.shift + shift
+
+    def keep(self, filters: Tensor) -> None:
+        """Keep these filters alone, int64."""
+        self.layer = smaller(self.layer, Cut(outputs=filters))
+        self.scale = None if self.scale is None else self.scale[filters]
+        self.shift = None if self.shift is None else self.shift[filters]
+
+    def weight(self) -> Tensor:
+        """The dense weight of the layer as it is, ``[C_out, C_in, *kernel]``."""
+        layer: Any = self.layer
+        weight: Tensor = layer.dense_weight() if isinstance(layer, Grouped) else layer.weight
+        return weight.detach()
+
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The dense weight ``[C_out, C_in, *kernel]`` and the bias ``[C_out]``, with the norms folded in."""
         layer: Any = self.layer
-        weight = layer.dense_weight().detach() if isinstance(layer, Grouped) else layer.weight.detach()
+        weight = self.weight()
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
         if self.scale is not None and self.shift is not None:
             wide = weight.double() * self.scale.view(-1, *[1] * (weight.dim() - 1))

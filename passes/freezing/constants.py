@@ -1,0 +1,111 @@
+"""Constants: channels that are the same for every input go into the biases of what reads them.
+
+A filter of a regrouped layer whose group kept no inputs yields its bias alone: ``c = activation(scale · bias + shift)``
+at every pixel. A convolution or linear layer that reads it computes ``Σ_taps w · c`` from it, which is constant too
+where the layer sees the channel at every tap:
+
+1. it pads with nothing, or with pixels of the picture itself (reflect, replicate, circular);
+2. or c is 0, as behind a ReLU that cuts it off: then the zeros of the padding are no other values.
+
+The filter is taken out where all of its readers are such layers. Layers are gone through in order, so that a group
+that read nothing but constants is one in its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.cut import Cut, smaller
+from passes.freezing.fused import ACTIVATIONS, Recipe
+from passes.layers.grouped import Grouped
+
+
+def fold_constants(graph: fx.GraphModule) -> int:
+    """Fold constant channels of a fused graph into what follows, in place; return how many were taken out."""
+    count = 0
+    for node in graph.graph.nodes:
+        recipe = _recipe(graph, node)
+        if recipe is not None and isinstance(recipe.layer, Grouped) and len(node.args) == 1:
+            count += _fold(node, recipe, [_reader(graph, user, node) for user in node.users])
+    return count
+
+
+def _recipe(graph: fx.GraphModule, node: fx.Node) -> Recipe | None:
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, Recipe) else None
+
+
+def _reader(graph: fx.GraphModule, user: fx.Node, node: fx.Node) -> Recipe | None:
+    """The layer that reads a node as its input, and in no other place."""
+    return _recipe(graph, user) if user.args[0] is node and node not in user.args[1:] else None
+
+
+def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> int:
+    found: Any = recipe.layer
+    channels = constant_filters(found)
+    if not len(channels):
+        return 0
+    values = constant_values(recipe, channels)
+    taken = torch.ones(len(channels), dtype=torch.bool)
+    for reader in readers:
+        taken &= _may_take(found, reader, values)
+    channels, values = channels[taken], values[taken]
+    stay = torch.ones(found._dense_shape[0], dtype=torch.bool).index_fill_(0, channels.cpu(), False).nonzero()[:, 0]
+    layers: list[Any] = [each.layer for each in readers if each is not None]
+    if not len(channels) or any(isinstance(each, Grouped) and not _reads_any(each, stay) for each in layers):
+        return 0
+    for reader in readers:
+        if reader is not None:
+            reader.add(absorbed(reader.weight(), channels, values))
+            reader.layer = smaller(reader.layer, Cut(inputs=stay))
+    recipe.keep(stay)
+    node.meta["val"] = node.meta["val"].narrow(-1 - found._spatial_dims, 0, len(stay))
+    return len(channels)
+
+
+def constant_filters(layer: Grouped) -> Tensor:
+    """The filters of a regrouped layer whose groups have no inputs, int64."""
+    return layer.filters[torch.repeat_interleave(layer.block_sizes[:, 1] == 0, layer.block_sizes[:, 0])]
+
+
+def constant_values(recipe: Recipe, channels: Tensor) -> Tensor:
+    """What the constant `channels` of a recipe without a residual are, float64 ``[len(channels)]``."""
+    layer: Any = recipe.layer
+    values = torch.zeros(len(channels), dtype=torch.float64, device=channels.device)
+    if layer.bias is not None:
+        values += layer.bias.detach()[channels]
+    if recipe.scale is not None and recipe.shift is not None:
+        values = values * recipe.scale[channels] + recipe.shift[channels]
+    return values if recipe.activation is None else ACTIVATIONS[recipe.activation](values)
+
+
+def absorbed(weight: Tensor, channels: Tensor, values: Tensor) -> Tensor:
+    """What a layer with `weight` ``[C_out, C_in, *kernel]`` computes from constant channels, float64 ``[C_out]``."""
+    read = weight[:, channels].double()
+    return read.sum(tuple(range(2, read.dim()))) @ values if read.dim() > 2 else read @ values
+
+
+def _may_take(maker: Any, reader: Recipe | None, values: Tensor) -> Tensor:
+    """Which constants the layer of a reader can take into its bias, bool ``[len(values)]``."""
+    layer: Any = None if reader is None else reader.layer
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
+    # A layer of another kind reads another dimension than that of the channels.
+    if layer is None or getattr(layer, "groups", 1) > 1 or len(kernel) != maker._spatial_dims:
+        return torch.zeros(len(values), dtype=torch.bool)
+    return (values.cpu() == 0) | (not kernel or not pads_with_zeros(layer))
+
+
+def pads_with_zeros(layer: Any) -> bool:
+    """Whether a convolution adds zeros around its input."""
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return False
+    amounts: tuple[int, ...] = layer.padding
+    return max(layer.kernel_size) > 1 if layer.padding == "same" else any(amounts)
+
+
+def _reads_any(layer: Grouped, inputs: Tensor) -> bool:
+    return bool(torch.isin(layer.inputs.cpu(), inputs).any())

@@ -22,6 +22,7 @@ from passes.freezing.decisions import Decisions, attach_decisions, decisions_of,
 from passes.freezing.fusion import fuse
 from passes.freezing.joining import join
 from passes.freezing.placing import place
+from passes.freezing.thresholds import use_thresholds
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.manager import run_passes
 from passes.pipeline import ELIMINATION
@@ -116,6 +117,7 @@ def _frozen(
         like = next(region.graphs["eval"].parameters(), torch.empty(0))
         graph = fuse(region, like)
         fold_constants(graph)
+        use_thresholds(graph)
         join(graph)
         layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
         place(graph)

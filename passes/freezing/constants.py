@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from passes.cut import Cut, smaller
 from passes.freezing.fused import ACTIVATIONS, Recipe
@@ -30,7 +30,7 @@ def fold_constants(graph: fx.GraphModule) -> int:
     for node in graph.graph.nodes:
         recipe = _recipe(graph, node)
         if recipe is not None and isinstance(recipe.layer, Grouped) and len(node.args) == 1:
-            count += _fold(node, recipe, [_reader(graph, user, node) for user in node.users])
+            count += _fold(node, recipe, [reader_of(graph, user, node) for user in node.users])
     return count
 
 
@@ -39,8 +39,8 @@ def _recipe(graph: fx.GraphModule, node: fx.Node) -> Recipe | None:
     return module if isinstance(module, Recipe) else None
 
 
-def _reader(graph: fx.GraphModule, user: fx.Node, node: fx.Node) -> Recipe | None:
-    """The layer that reads a node as its input, and in no other place."""
+def reader_of(graph: fx.GraphModule, user: fx.Node, node: fx.Node) -> Recipe | None:
+    """The layer that a user of a node is, which reads it as its input and in no other place, or None."""
     return _recipe(graph, user) if user.args[0] is node and node not in user.args[1:] else None
 
 
@@ -91,17 +91,20 @@ def absorbed(weight: Tensor, channels: Tensor, values: Tensor) -> Tensor:
 
 def _may_take(maker: Any, reader: Recipe | None, values: Tensor) -> Tensor:
     """Which constants the layer of a reader can take into its bias, bool ``[len(values)]``."""
-    layer: Any = None if reader is None else reader.layer
-    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())
-    # A layer of another kind reads another dimension than that of the channels.
-    if layer is None or getattr(layer, "groups", 1) > 1 or len(kernel) != maker._spatial_dims:
+    if reader is None or not reads_channels(reader.layer, maker._spatial_dims):
         return torch.zeros(len(values), dtype=torch.bool)
-    return (values.cpu() == 0) | (not kernel or not pads_with_zeros(layer))
+    return (values.cpu() == 0) | (not pads_with_zeros(reader.layer))
+
+
+def reads_channels(layer: nn.Module, spatial_dims: int) -> bool:
+    """Whether all filters of a layer may read any channel of a tensor that has so many dimensions behind them."""
+    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())  # a linear layer reads the last dimension
+    return getattr(layer, "groups", 1) == 1 and len(kernel) == spatial_dims
 
 
 def pads_with_zeros(layer: Any) -> bool:
-    """Whether a convolution adds zeros around its input."""
-    if layer.padding_mode != "zeros" or layer.padding == "valid":
+    """Whether a layer adds zeros around its input."""
+    if not hasattr(layer, "kernel_size") or layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
     amounts: tuple[int, ...] = layer.padding
     return max(layer.kernel_size) > 1 if layer.padding == "same" else any(amounts)

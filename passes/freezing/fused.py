@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from passes.cut import Cut, smaller
 from passes.layers.grouped import Grouped
+from passes.layers.surgery import shallow_copy
 
 # What the kernel and the library can both do in place on a fresh result.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,6 +66,17 @@ class Recipe(nn.Module):
         scale = torch.ones_like(constant, dtype=torch.float64) if self.scale is None else self.scale
         shift = scale * constant
         self.scale, self.shift = scale, shift if self.shift is None else self.shift + shift
+
+    def scale_inputs(self, scale: Tensor) -> None:
+        """Multiply what the layer reads by ``[C_in]``."""
+        layer: Any = shallow_copy(self.layer, type(self.layer))
+        weight: Tensor = layer.weight.detach()
+        if isinstance(layer, Grouped):
+            factors = scale[layer._rows % layer._dense_shape[1]].view(-1, *[1] * (weight.dim() - 1))
+        else:
+            factors = scale.view(-1, *[1] * (weight.dim() - 2))
+        layer._parameters["weight"] = nn.Parameter((weight * factors).to(weight.dtype), requires_grad=False)
+        self.layer = layer
 
     def keep(self, filters: Tensor) -> None:
         """Keep these filters alone, int64."""

@@ -114,7 +114,16 @@ def _features(graph: fx.GraphModule, argument: fx.Node) -> tuple[int, int] | Non
     return None
 
 
-class _ShapePropagation(fx.Interpreter):
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node, as its code would run."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node's arguments, lists as plain ones: functions may write to them (Swin3d's window sizes)."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
+
+
+class _ShapePropagation(Interpreter):
     """Runs a graph on fake tensors and notes each node's value."""
 
     def propagate(self, inputs: tuple[object, ...]) -> None:
@@ -128,11 +137,6 @@ class _ShapePropagation(fx.Interpreter):
         self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
         with mode, torch.no_grad():
             self.run(*fakes)
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A node's arguments, lists as plain ones: functions may write to them (Swin3d's window sizes)."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module, or say at once what its result's shape is, where torch would take many steps to say it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from passes.freezing.fusion import fuse
 from passes.freezing.joining import join
 from passes.freezing.placing import place
 from passes.freezing.thresholds import use_thresholds
+from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.manager import run_passes
 from passes.pipeline import ELIMINATION
@@ -68,10 +70,12 @@ def freeze(
     given = None if strategy is not None else _given(model, decisions)
     with preserved_random_state():
         small = _eliminated(model, inputs)
-        frozen, made = _frozen(small, inputs, strategy, given)
+        parts = _fused(small, inputs)
         measured = strategy is None and given is None
+        twins = [part.twin() for part in parts] if measured else []
+        frozen, made = _assembled(small, parts, strategy, given)
         if measured:
-            library, _ = _frozen(small, inputs, "library", None)
+            library, _ = _assembled(small, twins, "library", None)
             frozen, made = _faster(frozen, library, made, inputs)
     if measured:
         attach_decisions(model, made)
@@ -98,17 +102,27 @@ def _eliminated(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:
         for key in hook_dicts(module):
             module.__dict__[key].clear()
     small.requires_grad_(False)
-    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
+    if any(isinstance(module, Grouped) for module in small.modules()):  # a dense layer reads all that there is
+        run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
     return small
 
 
-def _frozen(
-    small: nn.Module, inputs: tuple[object, ...], strategy: str | None, given: Decisions | None
-) -> tuple[nn.Module, Decisions]:
-    """Fuse and choose, region by region; `small` stays as it is."""
+@dataclass
+class _Part:
+    """A region as a fused graph, and what its root is called with."""
+
+    path: str
+    graph: fx.GraphModule
+    inputs: tuple[object, ...]
+
+    def twin(self) -> _Part:
+        """The same graph of the same layers, in which other forms of them can be put."""
+        return _Part(self.path, fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph)), self.inputs)
+
+
+def _fused(small: nn.Module, inputs: tuple[object, ...]) -> list[_Part]:
+    """Fuse every region of which the shapes are known; `small` stays as it is."""
     regions = find_regions(small, inputs)
-    layers = {}
-    whole: nn.Module = copy.copy(small)
     parts = []
     for region in regions.parts:
         arguments = _inputs_of(region, regions, inputs)
@@ -119,22 +133,30 @@ def _frozen(
         fold_constants(graph)
         use_thresholds(graph)
         join(graph)
-        layers.update(choose(graph, _filled(arguments), strategy, given.layers if given else {}))
-        place(graph)
-        chain(graph)
-        parts.append((region.path, graph))
+        parts.append(_Part(region.path, graph, _filled(arguments)))
     if not parts:
         raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
+    return parts
+
+
+def _assembled(
+    small: nn.Module, parts: Sequence[_Part], strategy: str | None, given: Decisions | None
+) -> tuple[nn.Module, Decisions]:
+    """Choose how the layers of every part are run, and put the parts in their places in a copy of `small`."""
+    layers = {}
+    for part in parts:
+        layers.update(choose(part.graph, part.inputs, strategy, given.layers if given else {}))
+        place(part.graph)
+        chain(part.graph)
     made = Decisions(machine(), layers)
-    if regions.parts[0].path == "":
-        return _finished(parts[0][1]), made
+    if parts[0].path == "":
+        return _finished(parts[0].graph), made
     whole = copy_model(small)
-    for path, graph in parts:
-        old = whole.get_submodule(path)
-        for key, value in old.__dict__.items():
-            if key not in graph.__dict__ and not key.startswith("_"):
-                graph.__dict__[key] = value  # what others ask the part for, such as out_channels
-        replace_module(whole, path, _finished(graph))
+    for part in parts:
+        for key, value in whole.get_submodule(part.path).__dict__.items():
+            if key not in part.graph.__dict__ and not key.startswith("_"):
+                part.graph.__dict__[key] = value  # what others ask the part for, such as out_channels
+        replace_module(whole, part.path, _finished(part.graph))
     return whole.eval(), made
 
 

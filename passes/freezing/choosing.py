@@ -22,6 +22,7 @@ from passes.errors import InputError
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.fused import LastPool, LibraryLayer, Recipe
 from passes.plan import attach_plan, plan_of
+from passes.shapes import Interpreter
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 SECONDS_PER_LAYER = 0.03  # what the rounds of one candidate may take
@@ -80,7 +81,7 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Shapes(fx.Interpreter):
+class _Shapes(Interpreter):
     """Runs a graph once and notes what each module is called with: random values of the same shapes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:

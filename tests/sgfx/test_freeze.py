@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import models_zoo
 import sgfx
+import sgfx.freezing
 from passes.errors import InputError
 from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
@@ -381,3 +382,37 @@ def test_linear_layers_on_any_number_of_dimensions(shape):
     x = torch.randn(shape)
     for strategy in (None, "library"):
         assert error(sgfx.freeze(model, x, strategy=strategy), model, x) < 1e-5
+
+
+def shifted(x, sizes):
+    """Writes to its list argument, as Swin3d's attention does."""
+    sizes[0] += 1
+    return x[:, :, : sizes[0]]
+
+
+torch.fx.wrap("shifted")
+
+
+def test_functions_that_write_to_their_lists():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return shifted(self.conv(x), [5, 5])
+
+    model = trained(Model())
+    assert error(sgfx.freeze(model, IMAGES, strategy="library"), model, IMAGES) < 1e-6
+
+
+def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monkeypatch):
+    done = []
+    for name in ("fuse", "run_passes"):
+        function = getattr(sgfx.freezing, name)
+        monkeypatch.setattr(f"sgfx.freezing.{name}", lambda *args, f=function, n=name: done.append(n) or f(*args))
+    model = trained(Block())
+    sgfx.freeze(model, IMAGES)
+    assert done == ["fuse"]
+    sgfx.freeze(sgfx.compile(model, groups=3, ratio=0.5), IMAGES)
+    assert done == ["fuse", "run_passes", "fuse"]

@@ -1,19 +1,24 @@
 """Counting multiply-adds: those of convolutions and matrix products; one multiply-add is one.
 
 fvcore counts a model with its grouped layers in the "blocks" form, so what is counted is what is computed. A model that
-fvcore can't trace is counted by torch's flop counter, halved.
+fvcore can't trace is counted by torch's flop counter, halved. The layers of a frozen model are counted from their
+plans: what they keep, at every position of what they give, however they are run.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passes.copying import shadow
 from passes.errors import InputError
+from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.layers.grouped import Grouped
 from passes.random_state import preserved_random_state
 
@@ -31,6 +36,8 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
             module.form = "blocks"
     with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
+        if layers := chosen_layers(twin):
+            return _counted_from_plans(twin, layers, inputs)
         try:
             return _counted_by_fvcore(twin, inputs)
         except Exception:
@@ -43,6 +50,24 @@ def _counted_by_fvcore(model: nn.Module, inputs: tuple[object, ...]) -> Counter[
     analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     counts = analysis.by_module_and_operator()
     return Counter({path: int(sum(n for op, n in ops.items() if op in COUNTED)) for path, ops in counts.items()})
+
+
+def _counted_from_plans(model: nn.Module, layers: Mapping[str, Any], inputs: tuple[object, ...]) -> Counter[str]:
+    own: Counter[str] = Counter(dict.fromkeys(layers, 0))
+
+    def note(path: str, module: nn.Module, _: object, output: Tensor) -> None:
+        own[path] += chosen_macs(module, output)
+
+    for path, layer in layers.items():
+        layer.register_forward_hook(partial(note, path))
+    counts = _counted_by_torch(model, inputs)
+    for path, macs in own.items():
+        more, above = macs - counts.pop(path, 0), path
+        while above:  # the torch counter knows dense weights, and nothing of the kernel
+            above = above.rpartition(".")[0]
+            counts[above] += more
+        counts[layers[path].path.partition("#")[0]] += macs
+    return counts
 
 
 def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:

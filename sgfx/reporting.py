@@ -6,8 +6,8 @@ How MACs are counted stands in `sgfx.counting`.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from passes.freezing.decisions import Decisions
 from passes.plan import LayerPlan, layer_shape, plans
 from passes.settings import as_inputs, check_model
 from sgfx.counting import count_macs
+from sgfx.frozen import FrozenLayer, decisions_in, frozen_layers, frozen_params
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class LayerReport:
         params_dense, params: parameters, bias included.
         macs_dense, macs: multiply-adds for the example inputs.
         reason: why the layer was left alone, or None.
+        way: of a frozen model, how the layer is run, as `Decisions` names it; else "".
+        ms_dense, ms: milliseconds that `freeze` measured for the library with the dense weight, and for what it chose;
+            None where nothing was measured.
+        gmacs_per_second: the rate of what was chosen, or None.
     """
 
     path: str
@@ -47,6 +52,10 @@ class LayerReport:
     macs_dense: int
     macs: int
     reason: str | None
+    way: str = ""
+    ms_dense: float | None = None
+    ms: float | None = None
+    gmacs_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Report:
         connections_removed: share of the regrouped layers' connections.
         params_removed, macs_removed: shares of the totals above.
         filters_eliminated, params_eliminated, macs_eliminated: what elimination saved beyond the ratios.
+        decisions: of a frozen model, how it is run and on what machine that was measured; else None.
     """
 
     layers: tuple[LayerReport, ...]
@@ -80,6 +90,7 @@ class Report:
     filters_eliminated: int
     params_eliminated: int
     macs_eliminated: int
+    decisions: Decisions | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, numbers and strings, fit for JSON."""
@@ -89,11 +100,13 @@ class Report:
         """The report as a table for the terminal."""
         from tabulate import tabulate
 
-        head = ["layer", "groups", "filters", "inputs", "asked", "pruned", "params", "MACs", "left alone because"]
+        timed = self.decisions is not None
+        head = ["layer", "groups", "filters", "inputs", "asked", "pruned", "params", "MACs"]
+        head += ["ms dense", "ms", "GMAC/s", "run by"] * timed + ["left alone because"]
         table = tabulate(
-            [_row(layer) for layer in self.layers],
+            [_row(layer, timed) for layer in self.layers],
             head,
-            colalign=["left"] + ["right"] * 7 + ["left"],
+            colalign=["left"] + ["right"] * (7 + 3 * timed) + ["left"] * (1 + timed),
             disable_numparse=True,
         )
         shares = {
@@ -116,6 +129,8 @@ class Report:
                 f"eliminated beyond the ratios: {self.filters_eliminated} filters that nobody reads, "
                 f"{short(self.params_eliminated)} parameters, {short(self.macs_eliminated)} MACs"
             )
+        if self.decisions is not None:
+            lines.append(self.decisions.summary())
         return "\n\n".join(lines)
 
 
@@ -124,27 +139,34 @@ def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
 
     Args:
         dense: the model before `sgfx.compile`. Neither model is changed.
-        small: what `sgfx.compile` or `Pruner.lower` returned, or a masked model (which computes as much as `dense`).
+        small: what `sgfx.compile` or `Pruner.lower` returned, or a masked model (which computes as much as `dense`), or
+            what `sgfx.freeze` made of one of these or of `dense`.
         example_inputs: a tensor or a tuple of positional arguments; MACs are counted for these.
 
     Raises:
         InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
     """
-    found = plans_of_pair(dense, small)
+    check_model(dense)
+    check_model(small)
     inputs = as_inputs(example_inputs) or ()
-    before, after = count_macs(dense, inputs), count_macs(small, inputs)
-    return _assemble(dense, small, found, before, after)
+    if (decisions := decisions_in(small)) is not None:
+        frozen = frozen_layers(dense, small, decisions)
+        params = {"": frozen_params(small, frozen)} | {path: layer.params for path, layer in frozen.items()}
+        plain = _assemble(dense, {path: layer.plan for path, layer in frozen.items()}, params, small, inputs)
+        return _timed(plain, frozen, decisions)
+    found = plans_of_pair(dense, small)
+    params = {path: _parameters(module) for path, module in small.named_modules()}
+    plain = _assemble(dense, found, params, small, inputs)
+    filters, params_saved, macs = _eliminated(dense, small, plain.layers, found)
+    return replace(plain, filters_eliminated=filters, params_eliminated=params_saved, macs_eliminated=macs)
 
 
 def plans_of_pair(dense: nn.Module, small: nn.Module) -> dict[str, LayerPlan]:
     """The layer plans of `small`, checked to be those of a model made from `dense`."""
     check_model(dense)
     check_model(small)
-    if isinstance(getattr(small, "decisions", None), Decisions):
-        raise InputError(
-            "small is a frozen model: report the compiled model that it was made from; what freeze measured stands in "
-            "its .decisions"
-        )
+    if decisions_in(small) is not None:
+        raise InputError("small is a frozen model: give the compiled model that it was made from")
     found = plans(small)
     if not found:
         raise InputError("small has no layer plans: it must be what sgfx.compile or Pruner.lower returned")
@@ -157,8 +179,14 @@ def plans_of_pair(dense: nn.Module, small: nn.Module) -> dict[str, LayerPlan]:
 
 
 def _assemble(
-    dense: nn.Module, small: nn.Module, found: dict[str, LayerPlan], before: Counter[str], after: Counter[str]
+    dense: nn.Module,
+    found: dict[str, LayerPlan],
+    params: Mapping[str, int],
+    small: nn.Module,
+    inputs: tuple[object, ...],
 ) -> Report:
+    """The report without what elimination saved; `params` are those of `small` by path, "" for all."""
+    before, after = count_macs(dense, inputs), count_macs(small, inputs)
     layers = tuple(
         LayerReport(
             path=path,
@@ -168,7 +196,7 @@ def _assemble(
             requested_ratio=plan.requested_ratio or 0.0,
             achieved_ratio=plan.achieved_ratio,
             params_dense=_parameters(dense.get_submodule(path)),
-            params=_parameters(small.get_submodule(path)),
+            params=params[path],
             macs_dense=before[path],
             macs=after[path],
             reason=plan.reason,
@@ -176,24 +204,43 @@ def _assemble(
         for path, plan in found.items()
     )
     grouped = [(layer, found[layer.path]) for layer in layers if layer.reason is None]
-    params, macs = _parameters(dense), before[""]
+    all_params, macs = _parameters(dense), before[""]
     pairs = sum(plan.out_channels * plan.in_channels for _, plan in grouped)
     return Report(
         layers,
-        params,
-        _parameters(small),
+        all_params,
+        params[""],
         macs,
         after[""],
         Share(
             sum(layer.requested_ratio * p.out_channels * p.in_channels for layer, p in grouped) / max(pairs, 1),
             1 - sum(plan.connections for _, plan in grouped) / max(pairs, 1),
         ),
-        Share(sum(layer.requested_ratio * p.weights for layer, p in grouped) / params, 1 - _parameters(small) / params),
+        Share(sum(layer.requested_ratio * p.weights for layer, p in grouped) / all_params, 1 - params[""] / all_params),
         Share(
             sum(layer.requested_ratio * layer.macs_dense for layer, _ in grouped) / max(macs, 1),
             1 - after[""] / max(macs, 1),
         ),
-        *_eliminated(dense, small, layers, found),
+        filters_eliminated=0,
+        params_eliminated=0,
+        macs_eliminated=0,
+    )
+
+
+def _timed(plain: Report, frozen: Mapping[str, FrozenLayer], decisions: Decisions) -> Report:
+    """A report of a frozen model, with the times of its layers and what freezing took out of them."""
+    layers = tuple(
+        replace(layer, way=made.way, ms_dense=made.ms_dense, ms=made.ms, gmacs_per_second=made.gmacs_per_second)
+        for layer, made in zip(plain.layers, frozen.values(), strict=True)
+    )
+    run = [(layer, frozen[layer.path]) for layer in layers if layer.way]
+    return replace(
+        plain,
+        layers=layers,
+        filters_eliminated=sum(made.plan.out_channels - made.filters for _, made in run),
+        params_eliminated=sum(made.planned - made.weights for _, made in run),
+        macs_eliminated=sum(round(layer.macs_dense * (1 - layer.achieved_ratio)) - layer.macs for layer, _ in run),
+        decisions=decisions,
     )
 
 
@@ -226,7 +273,7 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _row(layer: LayerReport) -> list[str]:
+def _row(layer: LayerReport, timed: bool) -> list[str]:
     filters = [size for size, _ in layer.block_sizes]
     inputs = [size for _, size in layer.block_sizes]
     grouped = layer.reason is None
@@ -239,6 +286,8 @@ def _row(layer: LayerReport) -> list[str]:
         _percent(layer.achieved_ratio) if grouped else "",
         f"{short(layer.params_dense)} → {short(layer.params)}" if grouped else short(layer.params),
         f"{short(layer.macs_dense)} → {short(layer.macs)}" if grouped else short(layer.macs),
+        *[f"{ms:.3f}" if ms is not None else "" for ms in (layer.ms_dense, layer.ms)] * timed,
+        *["" if layer.gmacs_per_second is None else f"{layer.gmacs_per_second:.1f}", layer.way] * timed,
         layer.reason or "",
     ]
 

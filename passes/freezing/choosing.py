@@ -53,7 +53,7 @@ def choose(
         if isinstance(module, Recipe):
             name = _name(module.path, decided)
             chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name))
-            chosen.path = name
+            chosen.path, chosen.kept_weights = name, _weights(module)
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
@@ -62,6 +62,26 @@ def choose(
             chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
             graph.set_submodule(str(node.target), chosen)
     return decided
+
+
+def chosen_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that `choose` put into a model, or into graphs in it, by their paths there.
+
+    Each has the ``path`` that its decision is known by, and ``kept_weights``: how many are not pruned.
+    """
+    return {path: module for path, module in model.named_modules() if hasattr(module, "kept_weights")}
+
+
+def filters_of(chosen: Any) -> int:
+    """How many filters a chosen layer has."""
+    return len(chosen.weight if isinstance(chosen, LibraryLayer) else chosen.filters)
+
+
+def chosen_macs(chosen: Any, output: Tensor) -> int:
+    """Multiply-adds of a call of a chosen layer that gave `output`: its kept weights at each of the positions."""
+    placed = not isinstance(chosen, LibraryLayer) and output.dim() == 4
+    picture = chosen.form.placement.writes.strip(output) if placed else output
+    return int(chosen.kept_weights) * (picture.numel() // filters_of(chosen))
 
 
 def _choose_pool(
@@ -183,7 +203,7 @@ def _seconds(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> float
 def _macs(recipe: Recipe, x: Tensor) -> int:
     """Multiply-adds of a layer: its connections times its outputs' positions."""
     layer: Any = recipe.layer
-    weights: int = layer.weight.numel()
+    weights = _weights(recipe)
     if hasattr(layer, "in_features"):
         return weights * x.shape[:-1].numel()
     positions = x.shape[0]
@@ -192,6 +212,11 @@ def _macs(recipe: Recipe, x: Tensor) -> int:
     ):
         positions *= (size + pad - dilation * (kernel - 1) - 1) // stride + 1
     return weights * positions
+
+
+def _weights(recipe: Recipe) -> int:
+    layer: Any = recipe.layer
+    return int(layer.weight.numel())
 
 
 def _pads(layer: Any) -> list[int]:

@@ -38,6 +38,16 @@ class LayerDecision:
         """The candidate's name."""
         return " ".join([self.way, *map(str, self.tiling)])
 
+    @property
+    def ms(self) -> float | None:
+        """What the chosen candidate took, in milliseconds; None if it was not measured."""
+        return self.milliseconds.get(self.name)
+
+    @property
+    def ms_library(self) -> float | None:
+        """What the library took with the dense weight, at best; None if it was not measured."""
+        return min((ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")), default=None)
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -85,15 +95,16 @@ class Decisions:
 
         rows = []
         for path, layer in self.layers.items():
-            times = layer.milliseconds
-            library = min((ms for name, ms in times.items() if not name.startswith("kernel")), default=None)
-            chosen = times.get(layer.name)
-            rate = f"{layer.macs / chosen / 1e6:.1f}" if chosen else ""
-            rows.append([path, layer.name, _ms(library), _ms(chosen), f"{layer.macs / 1e6:.2f}M", rate])
+            rate = f"{layer.macs / layer.ms / 1e6:.1f}" if layer.ms else ""
+            rows.append([path, layer.name, _ms(layer.ms_library), _ms(layer.ms), f"{layer.macs / 1e6:.2f}M", rate])
         head = ["layer", "chosen", "ms library", "ms chosen", "MACs", "GMAC/s"]
         table = tabulate(rows, head, colalign=["left", "left", *["right"] * 4], disable_numparse=True)
+        return f"{table}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """The machine, the times of the whole model, and the note, a line each."""
         whole = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
-        return "\n".join(line for line in (f"measured on {self.machine}", table, whole, self.note) if line)
+        return "\n".join(line for line in (f"measured on {self.machine}", whole, self.note) if line)
 
 
 def _ms(value: float | None) -> str:

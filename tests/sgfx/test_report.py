@@ -157,11 +157,3 @@ def test_what_elimination_saved_stands_beside_the_ratios():
     assert (small.filters_eliminated, small.params_eliminated) == (2, 2 * 4 + 2 * 2)
     assert small.macs_eliminated == 2 * 3 * 25
     assert "eliminated beyond the ratios: 2 filters that nobody reads, 12 parameters, 150 MACs" in str(small)
-
-
-def test_frozen_models_are_not_reported():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
-    small = sgfx.compile(model, ratio=0.5, groups=2)
-    frozen = sgfx.freeze(small, torch.zeros(1, 3, 5, 5), strategy="library")
-    with pytest.raises(sgfx.InputError, match=r"small is a frozen model: report the compiled model .* its \.decisions"):
-        sgfx.report(model, frozen, torch.zeros(1, 3, 5, 5))

@@ -5,7 +5,7 @@
 | `fused` | the modules of the inference form that call the library, and the algebra of folding a norm |
 | `fusion` | rewrites an eval graph: what does nothing goes, norms, sums and activations move into layers |
 | `constants` | channels that are the same for every input go into the biases of what reads them |
-| `thresholds` | a norm and a ReLU before layers without padding become one comparison |
+| `thresholds` | a norm and a ReLU before layers without padding become a comparison within these |
 | `joining` | concatenations that grow add to one tensor |
 | `decisions` | what was measured and chosen, and on what machine |
 | `choosing` | times the candidates of each layer on its real shape, and puts the fastest in |

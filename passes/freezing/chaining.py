@@ -1,30 +1,36 @@
 """Chaining: packed layers that follow each other in the graph become one module, which runs them in one call.
 
 1. Layers take part as long as no other operation stands between them in the order of the graph.
-2. What a later operation reads is an output of the chain; all else stays within it.
+2. Of a concatenation that grows (see `joining`), a step that adds nothing but results of the chain is part of it too:
+   the layers write where the step would copy, and read the channels that are there by then.
+3. What a later operation reads is an output of the chain; all else stays within it.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from passes.freezing.joining import append
+
 if TYPE_CHECKING:
-    from passes.kernel import PackedConv2d
+    from passes.kernel.chain import Wires
 
 
 def chain(graph: fx.GraphModule) -> None:
     """Put packed layers of `graph` that follow each other into chains, in place."""
     runs: list[list[fx.Node]] = [[]]
     for node in graph.graph.nodes:
-        if _is_packed(graph, node):
+        if _is_packed(graph, node) or _adds_results_of(node, runs[-1]):
             runs[-1].append(node)
-        elif runs[-1]:
+        else:
             runs.append([])
-    for index, run in enumerate(run for run in runs if len(run) > 1):
+    long = [run for run in runs if sum(_is_packed(graph, node) for node in run) > 1]
+    for index, run in enumerate(long):
         _put_together(graph, run, f"chain_{index}")
+    graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
 
@@ -34,27 +40,63 @@ def _is_packed(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and type(graph.get_submodule(str(node.target))).__name__ == "PackedConv2d"
 
 
+def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
+    """Whether a step of a growing concatenation adds nothing but results of layers of `run`, for nobody else."""
+    if node.target is not append or any(node in user.args[1:] for user in node.users):  # no residual has more channels
+        return False
+    parts: Any = node.args[1]
+    return all(part in run and part.op == "call_module" and len(part.users) == 1 for part in parts)
+
+
 def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:
     from passes.kernel.chain import PackedChain
 
-    inside = set(run)
-    inputs = list(dict.fromkeys(read for node in run for read in node.all_input_nodes if read not in inside))
-    number = {node: index for index, node in enumerate((*inputs, *run))}
-    reads = []
-    for node in run:
-        read, added = (*node.args, None)[:2]
-        reads.append((number[read], None if added is None else number[added]))  # type: ignore[index]
-    outputs = [index for index, node in enumerate(run) if any(user not in inside for user in node.users)]
-    layers: list[PackedConv2d] = [graph.get_submodule(str(node.target)) for node in run]  # type: ignore[misc]
-    graph.add_submodule(name, PackedChain(layers, reads, outputs))
+    layers = [node for node in run if node.op == "call_module"]
+    steps = [node for node in run if node.op != "call_module"]
+    # A step is the tensor that it adds to.
+    tensors = {node: node.args[0] if node in steps else node for node in (*run, *_read_by(run))}
+    inputs = list(dict.fromkeys(tensor for tensor in tensors.values() if tensor not in layers))
+    numbers = {tensor: index for index, tensor in enumerate((*inputs, *layers))}
+    wires = _wires(layers, steps, {node: numbers[tensor] for node, tensor in tensors.items()})
+    outside = {node for node in run if any(user not in run for user in node.users)}
+    outputs = [index for index, node in enumerate(layers) if node in outside]
+    packed: Any = [graph.get_submodule(str(node.target)) for node in layers]
+    graph.add_submodule(name, PackedChain(packed, wires, outputs))
     with graph.graph.inserting_after(run[-1]):
         whole = graph.graph.call_module(name, tuple(inputs))
-    for position, index in enumerate(outputs):
-        result = whole
-        if len(outputs) > 1:
-            with graph.graph.inserting_after(whole):
-                result = graph.graph.call_function(operator.getitem, (whole, position))
-        run[index].replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for node in outside:
+        with graph.graph.inserting_after(whole):
+            result = _result(graph.graph, node, whole, [layers[index] for index in outputs])
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in run)
     for node in reversed(run):
         graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
+
+
+def _read_by(run: list[fx.Node]) -> list[fx.Node]:
+    return [read for node in run for read in node.all_input_nodes if read not in run]
+
+
+def _wires(layers: list[fx.Node], steps: list[fx.Node], numbers: dict[fx.Node, int]) -> list[Wires]:
+    """What each layer reads, adds and writes."""
+    from passes.kernel.chain import Wires
+
+    into: dict[fx.Node, tuple[int, int]] = {}
+    for step in steps:
+        parts, first = step.args[1:]
+        for part in parts:  # type: ignore[union-attr]
+            into[part] = (numbers[step], first)  # type: ignore[assignment,index]
+            first += part.meta["val"].shape[1]  # type: ignore[union-attr]
+    found = []
+    for node in layers:
+        read, added = (*node.args, None)[:2]
+        found.append(Wires(numbers[read], None if added is None else numbers[added], into.get(node)))  # type: ignore[index]
+    return found
+
+
+def _result(graph: fx.Graph, node: fx.Node, whole: fx.Node, outputs: list[fx.Node]) -> fx.Node:
+    """What a later operation reads instead of a node of the chain."""
+    if node.target is append:
+        joined, parts, first = node.args
+        channels = first + sum(part.meta["val"].shape[1] for part in parts)  # type: ignore[union-attr,operator]
+        return graph.call_function(append, (joined, [], channels))
+    return whole if len(outputs) == 1 else graph.call_function(operator.getitem, (whole, outputs.index(node)))

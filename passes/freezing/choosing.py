@@ -155,7 +155,7 @@ def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callabl
         from passes.kernel.packing import Tables
 
         scale, shift = (None if x is None else x.to(inputs[0].dtype) for x in (recipe.scale, recipe.shift))
-        first = pack_layer(recipe.layer, scale=scale, shift=shift, activation=recipe.activation)
+        first = pack_layer(recipe.layer, scale=scale, shift=shift, ends=recipe.ends, activation=recipe.activation)
 
         def packed(tiling: Tiling) -> PackedConv2d:
             return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))

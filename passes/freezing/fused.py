@@ -42,18 +42,20 @@ class Recipe(nn.Module):
         layer: the layer as it was, dense or regrouped.
         path: its module path.
         scale, shift: float64 ``[C_out]`` of the norms folded in, or None.
+        ends: ``[C_in, 2]``, the numbers between which each input is kept, or None.
         activation: name of what is done at the end, or None.
     """
 
     scale: Tensor | None
     shift: Tensor | None
+    ends: Tensor | None
     activation: str | None
 
     def __init__(self, layer: nn.Module, path: str) -> None:
         """Take a convolution or linear layer, with nothing fused yet."""
         super().__init__()
         self.layer, self.path, self.activation = layer, path, None
-        self.scale = self.shift = None
+        self.scale = self.shift = self.ends = None
 
     def fold(self, norm: nn.Module) -> None:
         """Fold a norm in that follows."""
@@ -112,6 +114,7 @@ class LibraryLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    ends: Tensor | None
 
     def __init__(self, recipe: Recipe, *, channels_last: bool = False) -> None:
         """Make the weights; nothing is shared with the recipe."""
@@ -121,6 +124,7 @@ class LibraryLayer(nn.Module):
         memory = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("weight", weight.contiguous(memory_format=memory))
         self.register_buffer("bias", bias)
+        self.register_buffer("ends", recipe.ends)
         self.path, self.activation, self.channels_last = recipe.path, recipe.activation, channels_last
         self.pads: tuple[int, ...] = ()
         if weight.dim() > 2:
@@ -132,7 +136,7 @@ class LibraryLayer(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the layer and what was fused into it; the result is a new tensor."""
-        y = self._layer(x)
+        y = self._layer(x if self.ends is None else keep_between(x, self.ends))
         if residual is not None:
             y = y.add_(residual)
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
@@ -150,6 +154,13 @@ class LibraryLayer(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         return f"{self.path}, activation={self.activation!r}, channels_last={self.channels_last}"
+
+
+def keep_between(x: Tensor, ends: Tensor) -> Tensor:
+    """Compute ``min(max(x, low), high)`` with the `ends` ``[C, 2]`` of each channel of x ``[N, C, …]``."""
+    low, high = ends.view(1, -1, *[1] * (x.dim() - 2), 2).unbind(-1)
+    y = torch.maximum(x, low)
+    return torch.minimum(y, high, out=y)
 
 
 class FusedNorm(nn.Module):

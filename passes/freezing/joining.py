@@ -13,18 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.freezing.fused import FusedNorm, Recipe
-from passes.freezing.thresholds import Thresholds
 
-READERS = (
-    Recipe,
-    FusedNorm,
-    Thresholds,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.BatchNorm2d,
-)
+READERS = (Recipe, FusedNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.BatchNorm2d)
 CATS = (torch.cat, torch.concat, torch.concatenate)
 
 

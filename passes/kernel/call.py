@@ -18,7 +18,7 @@ _INTEGERS = (
     *("tasks", "images", "strips", "chunks", "lanes", "kernels", "prefetch"),
     # What is read: input rows of `pixels` pixels; the layer's tables (see packing.py).
     *("x", "x_image", "x_channel", "pixels", "taps", "tap_count"),
-    *("inputs", "weight", "bias", "filters", "blocks", "block_count"),
+    *("inputs", "ends", "weight", "bias", "filters", "blocks", "block_count"),
     # How pixels make a picture: `rows` rows, `rows_per_image` of them `image_pixels` apart from image to image.
     *("row", "columns", "rows", "rows_per_image", "image_pixels"),
     # Where results go, from the first pixel of the picture; the margins around it are cleared.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,38 @@ from passes.kernel.module import PackedConv2d, is_traced, remember
 from passes.kernel.program import Program, Step, bind, execute, program
 
 
+class Wires(NamedTuple):
+    """What a layer of a chain reads, adds and writes: numbers of tensors, as in a `Step`."""
+
+    reads: int
+    adds: int | None = None
+    into: tuple[int, int] | None = None
+
+
 class PackedChain(nn.Module):
     """Packed convolutions that call each other's results; those that nobody else reads are never handed out.
 
     Args:
         layers: the layers, in the order in which they run.
-        reads: for each layer, the numbers of the tensor that it reads and of the residual that it adds (or None): the
-            inputs of the chain come first, then the results of the layers.
+        wires: for each layer, what it reads, adds and writes.
         outputs: the layers whose results are returned.
     """
 
-    def __init__(
-        self, layers: Sequence[PackedConv2d], reads: Sequence[tuple[int, int | None]], outputs: Sequence[int]
-    ) -> None:
+    _is_impure = True  # for torch.fx: it may write into its inputs
+
+    def __init__(self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int]) -> None:
         """Take over the layers."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.reads, self.outputs = tuple(reads), tuple(outputs)
+        self.wires, self.outputs = tuple(wires), tuple(outputs)
         self._programs: dict[Any, Program] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Compute the chain: fp32 ``[N, C, H, W]``, margins included; a tuple if there is more than one output."""
+        """Compute the chain: fp32 ``[N, C, H, W]``, margins included; a tuple unless there is one output."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             raise InputError("packed layers are for inference: they have no gradient. Call them under torch.no_grad()")
         results = self._one_by_one(inputs) if any(map(is_traced, inputs)) else self._at_once(inputs)
-        return tuple(results) if len(self.outputs) > 1 else results[0]
+        return results[0] if len(self.outputs) == 1 else tuple(results)
 
     def _at_once(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         shapes, team = [x.shape for x in inputs], threads.available()
@@ -47,7 +54,7 @@ class PackedChain(nn.Module):
         if found is None:
             layers: list[Any] = list(self.layers)
             steps = [
-                Step(layer.form, len(layer.blocks) - 1, *reads) for layer, reads in zip(layers, self.reads, strict=True)
+                Step(layer.form, len(layer.blocks) - 1, *wires) for layer, wires in zip(layers, self.wires, strict=True)
             ]
             planned = program(steps, self.outputs, shapes, team)
             found = remember(self._programs, key, bind(planned, [layer.tables for layer in layers]))
@@ -55,8 +62,15 @@ class PackedChain(nn.Module):
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         known = list(inputs)
-        for layer, (read, added) in zip(self.layers, self.reads, strict=True):
-            known.append(layer(known[read], None if added is None else known[added]))
+        modules: list[Any] = list(self.layers)
+        for layer, wires in zip(modules, self.wires, strict=True):
+            geometry = layer.form.geometry
+            x = known[wires.reads][:, : geometry.in_channels]
+            y = layer(x, None if wires.adds is None else known[wires.adds])
+            if wires.into is not None:
+                number, first = wires.into
+                known[number][:, first : first + geometry.out_channels].copy_(y)
+            known.append(y)
         return [known[len(inputs) + index] for index in self.outputs]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

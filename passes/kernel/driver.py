@@ -154,6 +154,7 @@ def _run_block(call: Any, block: int, x: int, image: int, first: int, end: int, 
         shift = 4 * lanes * done
         arguments = (
             x + shift, call.inputs + 8 * fields[_FIRST_INPUT], fields[_INPUTS], call.x_channel,
+            call.ends,
             call.taps, call.tap_count, call.weight + 4 * fields[_FIRST_WEIGHT], call.bias + 4 * first_filter,
             at_out + shift, at_rows, out_stride, at_residual + shift if residual != 0 else 0, residual_stride,
             last, call.code, call.low, call.high,

@@ -5,7 +5,9 @@ One call computes a tile of `filters` filters × `vectors` vectors of consecutiv
     out[rows[m]·out_stride + at[v]] = act(bias[m] + Σ_k Σ_t w[k, t, m] · x[inputs[k]·channel_stride + taps[t] + at[v]]
                                           + residual[rows[m]·residual_stride + at[v]])
 
-with ``at[v] = v·lanes``, but ``at[vectors − 1] = last``: the last vector of a row of pixels overlaps the one before
+If ``ends`` is given, every input is first kept between two numbers of its own: ``max(min(x, ends[k, 1]), ends[k, 0])``.
+
+There is ``at[v] = v·lanes``, but ``at[vectors − 1] = last``: the last vector of a row of pixels overlaps the one before
 instead of ending in a mask. The accumulators stay in registers over the whole sum. ``inputs`` gathers the channels of a
 group and ``rows`` puts its filters in place, so both permutations of eq. 17 are address arithmetic.
 """
@@ -32,6 +34,7 @@ ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("inputs", _POINTER),  # int64 [input_count]
     ("input_count", _I64),  # may be 0: then the sum is the bias
     ("channel_stride", _I64),
+    ("ends", _POINTER),  # float [in_channels, 2]; may be null
     ("taps", _POINTER),  # int64 [tap_count]
     ("tap_count", _I64),  # at least 1
     ("weight", _POINTER),  # float [input_count, tap_count, filters]
@@ -82,15 +85,15 @@ class _MicroKernel:
         self.at = [_I64(lanes * v) for v in range(vectors - 1)] + [self.arg["last"]]
 
     def emit(self) -> None:
-        """Bias, sum, and one of three ends: a clamp with or without residual, or another activation."""
+        """Bias, one of two sums, and one of three ends: a clamp with or without residual, or another activation."""
         b = self.b
         bias = [self._splat(self._load(self.arg["bias"], _I64(m), _F32)) for m in range(self.filters)]
-        sums = self._sum([[each] * self.vectors for each in bias])
+        sums = self._either_sum([[each] * self.vectors for each in bias])
         plain, added, general = (b.append_basic_block(name) for name in ("plain", "added", "general"))
         clamped = b.append_basic_block("clamped")
         b.cbranch(b.icmp_signed("==", self.arg["code"], _I64(0)), clamped, general)
         b.position_at_end(clamped)
-        b.cbranch(self._has_residual(), added, plain)
+        b.cbranch(self._is_given("residual"), added, plain)
         for block, residual in ((plain, False), (added, True)):
             b.position_at_end(block)
             self._store_clamped(sums, residual)
@@ -99,7 +102,24 @@ class _MicroKernel:
         self._store_activated(sums)
         b.ret_void()
 
-    def _sum(self, start: list[list[Any]]) -> list[list[Any]]:
+    def _either_sum(self, start: list[list[Any]]) -> list[list[Any]]:
+        """The sum over inputs as they are, or kept between their ends."""
+        b = self.b
+        plain, bounded, after = (b.append_basic_block(name) for name in ("unbounded", "bounded", "summed"))
+        b.cbranch(self._is_given("ends"), bounded, plain)
+        arms = []
+        for block, keep_between in ((plain, False), (bounded, True)):
+            b.position_at_end(block)
+            sums = self._sum(start, keep_between)
+            arms.append((b.block, sums))
+            b.branch(after)
+        b.position_at_end(after)
+        total = self._phis()
+        for block, sums in arms:
+            _join(_flat(total), block, _flat(sums))
+        return total
+
+    def _sum(self, start: list[list[Any]], keep_between: bool) -> list[list[Any]]:
         """Sum over inputs (outer loop) and taps (inner loop), from `start`; a layer without inputs skips both."""
         b, arg = self.b, self.arg
         before = b.block
@@ -110,11 +130,15 @@ class _MicroKernel:
         k, row_weight, sums = b.phi(_I64), b.phi(_POINTER), self._phis()
         channel = self._load(arg["inputs"], k, _I64)
         row = self._address(arg["x"], b.mul(channel, arg["channel_stride"]), _F32)
+        ends = None
+        if keep_between:
+            at = b.mul(channel, _I64(2))
+            ends = [self._splat(self._load(arg["ends"], b.add(at, _I64(end)), _F32)) for end in (0, 1)]
         b.branch(inner)
 
         b.position_at_end(inner)
         t, weight, partial = b.phi(_I64), b.phi(_POINTER), self._phis()
-        new = self._multiply(self._address(row, self._load(arg["taps"], t, _I64), _F32), weight, partial)
+        new = self._multiply(self._address(row, self._load(arg["taps"], t, _I64), _F32), weight, partial, ends)
         next_weight = self._address(weight, _I64(self.filters), _F32)
         next_t = b.add(t, _I64(1))
         b.cbranch(b.icmp_signed("<", next_t, arg["tap_count"]), inner, latch)
@@ -133,11 +157,13 @@ class _MicroKernel:
         _join(_flat(total), latch, _flat(new))
         return total
 
-    def _multiply(self, row: Any, weight: Any, sums: list[list[Any]]) -> list[list[Any]]:
+    def _multiply(self, row: Any, weight: Any, sums: list[list[Any]], ends: list[Any] | None) -> list[list[Any]]:
         """Add the products of one input row with the weights of all filters."""
         to_read, soon, data = _I32(0), _I32(3), _I32(1)
         self.b.call(self.prefetch, [self._address(weight, _I64(_AHEAD), _F32), to_read, soon, data])
         pixels = [self._load(row, at, self.vector) for at in self.at]
+        if ends is not None:
+            pixels = [activations.clamp(self.b, x, *ends) for x in pixels]
         new = []
         for m in range(self.filters):
             factor = self._splat(self._load(weight, _I64(m), _F32))
@@ -173,7 +199,7 @@ class _MicroKernel:
     def _plus_residual(self, value: Any, m: Any, at: Any) -> Any:
         b = self.b
         before, added, after = b.block, b.append_basic_block("add"), b.append_basic_block("after")
-        b.cbranch(self._has_residual(), added, after)
+        b.cbranch(self._is_given("residual"), added, after)
         b.position_at_end(added)
         total = b.fadd(value, self._load(self._row("residual", m), at, self.vector))
         b.branch(after)
@@ -198,8 +224,8 @@ class _MicroKernel:
         b.cbranch(b.icmp_signed("<", following, _I64(count)), body, after)
         b.position_at_end(after)
 
-    def _has_residual(self) -> Any:
-        return self.b.icmp_unsigned("!=", self.b.ptrtoint(self.arg["residual"], _I64), _I64(0))
+    def _is_given(self, name: str) -> Any:
+        return self.b.icmp_unsigned("!=", self.b.ptrtoint(self.arg[name], _I64), _I64(0))
 
     def _row(self, name: str, m: Any) -> Any:
         """Address of the m-th filter's row in ``out`` or ``residual``."""

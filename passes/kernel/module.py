@@ -41,6 +41,7 @@ class PackedConv2d(nn.Module):
     weight: Tensor
     bias: Tensor
     inputs: Tensor
+    ends: Tensor
     filters: Tensor
     blocks: Tensor
 
@@ -144,6 +145,7 @@ def pack_layer(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    ends: Tensor | None = None,
     activation: str | None = None,
     placement: Placement = NO_PLACEMENT,
     tiling: Tiling = DEFAULT_TILING,
@@ -154,6 +156,8 @@ def pack_layer(
         layer: the layer; the result shares nothing with it.
         scale: ``[out_channels]``, what each filter is multiplied by, or None.
         shift: ``[out_channels]``, what is added to each filter after that, or None.
+        ends: ``[in_channels, 2]``, the least and the largest number that each input counts as, or None. Not for layers
+            with padding.
         activation: name of the activation, or None.
         placement: the margins of x, residual and result.
         tiling: how the work is cut.
@@ -169,7 +173,7 @@ def pack_layer(
     if shift is not None:
         bias = shift.detach() if bias is None else bias.detach() + shift.detach()
     kind = PackedConv2d if isinstance(getattr(layer, "kernel_size", None), tuple) else PackedLinear
-    return kind(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
+    return kind(*_packed(blocks, bias, Form(geometry, activation, placement, tiling), ends))
 
 
 def layer_geometry(layer: Any) -> Geometry:
@@ -198,10 +202,12 @@ def _pad(layer: Any) -> tuple[int, int, int, int]:
     return layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]
 
 
-def _packed(blocks: Sequence[Block], bias: Tensor | None, form: Form) -> tuple[Tables, Form]:
+def _packed(
+    blocks: Sequence[Block], bias: Tensor | None, form: Form, ends: Tensor | None = None
+) -> tuple[Tables, Form]:
     known_activation(form.activation)
     target = prepare(form.target)
-    return pack(blocks, bias, form.geometry, target.most_filters), form
+    return pack(blocks, bias, form.geometry, target.most_filters, ends), form
 
 
 def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:

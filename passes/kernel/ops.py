@@ -18,8 +18,8 @@ from passes.kernel.run import Form, Placement, output_shape
 from passes.kernel.schedule import Tiling
 
 _LAYER = (
-    "Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor filters, Tensor blocks, "
-    "int[] geometry, str activation, int[] margins, int[] tiling"
+    "Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor ends, Tensor filters, "
+    "Tensor blocks, int[] geometry, str activation, int[] margins, int[] tiling"
 )
 _library = torch.library.Library("sgfx", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (f"conv2d({_LAYER}) -> Tensor", f"conv2d_out({_LAYER}, Tensor(a!) out) -> ()"):
@@ -57,21 +57,21 @@ def _form(geometry: list[int], activation: str, margins: list[int], tiling: list
 @torch.library.impl(_library, "conv2d", "CPU")
 def _conv2d(
     x: Tensor, residual: Tensor | None,
-    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    weight: Tensor, bias: Tensor, inputs: Tensor, ends: Tensor, filters: Tensor, blocks: Tensor,
     geometry: list[int], activation: str, margins: list[int], tiling: list[int],
 ) -> Tensor:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    return _execute(x, residual, Tables(weight, bias, inputs, filters, blocks), form, None)
+    return _execute(x, residual, Tables(weight, bias, inputs, ends, filters, blocks), form, None)
 
 
 @torch.library.impl(_library, "conv2d_out", "CPU")
 def _conv2d_out(
     x: Tensor, residual: Tensor | None,
-    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    weight: Tensor, bias: Tensor, inputs: Tensor, ends: Tensor, filters: Tensor, blocks: Tensor,
     geometry: list[int], activation: str, margins: list[int], tiling: list[int], out: Tensor,
 ) -> None:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)
-    _execute(x, residual, Tables(weight, bias, inputs, filters, blocks), form, (out,))
+    _execute(x, residual, Tables(weight, bias, inputs, ends, filters, blocks), form, (out,))
 
 
 def _execute(x: Tensor, residual: Tensor | None, tables: Tables, form: Form, outs: tuple[Tensor] | None) -> Tensor:
@@ -89,7 +89,7 @@ def _conv2d_out_fake(*_: object) -> None:
 @torch.library.register_fake("sgfx::conv2d", lib=_library)  # type: ignore[untyped-decorator]
 def _conv2d_fake(
     x: Tensor, residual: Tensor | None,
-    weight: Tensor, bias: Tensor, inputs: Tensor, filters: Tensor, blocks: Tensor,
+    weight: Tensor, bias: Tensor, inputs: Tensor, ends: Tensor, filters: Tensor, blocks: Tensor,
     geometry: list[int], activation: str, margins: list[int], tiling: list[int],
 ) -> Tensor:  # fmt: skip
     form = _form(geometry, activation, margins, tiling)

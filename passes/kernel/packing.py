@@ -44,6 +44,7 @@ class Tables(NamedTuple):
         weight: fp32, per piece ``[inputs, taps, filters]``, one after the other.
         bias: fp32 ``[out_channels]``, in the order of `filters`.
         inputs: int64, the inputs of each block, one after the other.
+        ends: fp32 ``[in_channels, 2]``, the least and the largest number that each input counts as, or empty.
         filters: int64 ``[out_channels]``, the filters of each piece, one after the other.
         blocks: int64 ``[pieces + 1, BLOCK_FIELDS]``; the last row only closes the sums.
     """
@@ -51,6 +52,7 @@ class Tables(NamedTuple):
     weight: Tensor
     bias: Tensor
     inputs: Tensor
+    ends: Tensor
     filters: Tensor
     blocks: Tensor
 
@@ -82,13 +84,15 @@ def _regrouped_blocks(layer: Grouped) -> list[Block]:
     return [Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)]
 
 
-def pack(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry, most_filters: int) -> Tables:
+def pack(
+    blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry, most_filters: int, ends: Tensor | None = None
+) -> Tables:
     """Pack blocks for micro-kernels of up to `most_filters` filters.
 
     Filters that no block computes yield their bias alone.
     """
     blocks = [*blocks, *_idle(blocks, geometry)]
-    _check(blocks, bias, geometry)
+    _check(blocks, bias, geometry, ends)
     pieces: list[tuple[int, ...]] = []
     weights, first_input, first_filter, first_weight, work = [], 0, 0, 0, 0
     for block in blocks:
@@ -108,6 +112,7 @@ def pack(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry, most_
         weight=torch.cat(weights).float().contiguous(),
         bias=bias.float()[filters].contiguous(),
         inputs=torch.cat([block.inputs for block in blocks]).contiguous(),
+        ends=torch.empty(0) if ends is None else ends.detach().float().contiguous(),
         filters=filters.contiguous(),
         blocks=torch.tensor(pieces, dtype=torch.int64),
     )
@@ -127,7 +132,7 @@ def _cut(weight: Tensor, most: int) -> tuple[Tensor, ...]:
     return weight.tensor_split(-(-len(weight) // most)) if len(weight) else ()
 
 
-def _check(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry) -> None:
+def _check(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry, ends: Tensor | None) -> None:
     for index, block in enumerate(blocks):
         expected = (len(block.filters), len(block.inputs), *geometry.kernel_size)
         if block.weight.shape != expected:
@@ -145,3 +150,7 @@ def _check(blocks: Sequence[Block], bias: Tensor | None, geometry: Geometry) -> 
         )
     if bias is not None and bias.shape != (geometry.out_channels,):
         raise InputError(f"the bias must be [{geometry.out_channels}], not {list(bias.shape)}")
+    if ends is not None and ends.shape != (geometry.in_channels, 2):
+        raise InputError(f"the ends must be [{geometry.in_channels}, 2], not {list(ends.shape)}")
+    if ends is not None and any(geometry.padding):
+        raise InputError("inputs can only be kept between ends where nothing is padded: a zero would not stay one")

@@ -38,14 +38,17 @@ class Step(NamedTuple):
     Attributes:
         form: how it is computed.
         pieces: of its blocks.
-        reads: number of the tensor that it reads: the program's inputs come first, then the results of the steps.
+        reads: number of the tensor that it reads: the program's inputs come first, then the results of the steps. Of
+            a wider one it reads the first channels.
         adds: number of the residual, or None.
+        into: where it writes, if that is within one of the inputs: its number, and the first of the channels.
     """
 
     form: Form
     pieces: int
     reads: int = 0
     adds: int | None = None
+    into: tuple[int, int] | None = None
 
 
 class _Link(NamedTuple):
@@ -82,8 +85,12 @@ class Program:
 def program(steps: Sequence[Step], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int) -> Program:
     """Plan steps for inputs of `shapes`, margins included, on `team` threads; `outputs` are the steps to return."""
     known, plans = [tuple(shape) for shape in shapes], []
+    wide = {step.into[0] for step in steps if step.into is not None}
     for step in steps:
-        found = plan(step.form, known[step.reads], step.adds is not None, step.pieces, team)
+        shape = known[step.reads]
+        if step.reads in wide:
+            shape = (shape[0], step.form.geometry.in_channels, *shape[2:])
+        found = plan(step.form, shape, step.adds is not None, step.pieces, team)
         if step.adds is not None and known[step.adds] != found.residual_shape:
             raise InputError(f"the residual must be {list(found.residual_shape or ())}, not {list(known[step.adds])}")
         plans.append(found)
@@ -127,7 +134,7 @@ def execute(program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] |
         _check_outs(program, outs)
     for tensor in inputs:
         _check("input", tensor)
-    if outs[0].numel() == 0:
+    if any(tensor.numel() == 0 for tensor in (*inputs, *outs)):
         return outs
     given = (*map(_by_image, inputs), *outs)
     arena = empty((program.arena,))
@@ -163,10 +170,11 @@ def _placed(
 
     for index, (step, each, call) in enumerate(zip(steps, plans, calls, strict=True)):
         result = inputs + index
-        if result not in given:
-            places[result] = arena.take(math.prod(shapes[result]))
         links.append(_Link(_word(index, "address"), _CALLS, index * ctypes.sizeof(Call)))
-        link(index, "out", "out_image", result, call.out_top * call.out_row)
+        into, first = (result, 0) if step.into is None else step.into
+        if into not in given:
+            places[into] = arena.take(math.prod(shapes[into]))
+        link(index, "out", "out_image", into, first * call.out_channel + call.out_top * call.out_row)
         if step.adds is not None:
             link(index, "residual", "residual_image", step.adds, each.adds_from)
         aside = []

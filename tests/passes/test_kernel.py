@@ -200,6 +200,23 @@ def test_not_a_number_stays_one(activation: str | None) -> None:
     assert run(layer, Form(layer.geometry, activation), torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, st.integers(1, 9), st.sampled_from([1, 3, 7, 20]), st.sampled_from([1, 2]), st.integers(1, 3))
+def test_inputs_kept_between_their_ends(seed: int, channels: int, size: int, step: int, images: int) -> None:
+    layer = random_layer(seed, Geometry(12, channels, stride=(step, step)), most_groups=3)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, channels, size, size, generator=generator)
+    ends = torch.randn(channels, 2, generator=generator).sort(1).values
+    ends[torch.rand(channels, 2, generator=generator) < 0.3] = torch.inf
+    ends[:, 0] = torch.where(ends[:, 0].isinf(), -torch.inf, ends[:, 0])
+    tables = pack(layer.blocks, layer.bias, layer.geometry, 8, ends)
+    planned = program([Step(Form(layer.geometry), len(tables.blocks) - 1)], [0], [x.shape], 1)
+    (result,) = execute(bind(planned, [tables]), [x])
+    kept = x.double().clamp(ends[:, 0].view(-1, 1, 1).double(), ends[:, 1].view(-1, 1, 1).double())
+    expected, terms = reference(layer, kept)
+    assert torch.all((result.double() - expected).abs() <= 1.1 * (channels + 8) * ROUNDING * terms + 1e-30)
+
+
 def test_inputs_in_any_memory_format() -> None:
     layer = random_layer(1, Geometry(9, 6, (3, 3), padding=(1, 1, 1, 1)), most_groups=3)
     x = torch.randn(2, 6, 9, 11)
@@ -229,5 +246,10 @@ def test_refusals() -> None:
         run(layer, form, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
     with pytest.raises(InputError, match=r"residual must be \[1, 4, 4, 4\], not \[1, 4, 4, 5\]"):
         run(layer, form, torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, 5))
+    with pytest.raises(InputError, match=r"ends must be \[3, 2\], not \[2, 3\]"):
+        pack(layer.blocks, None, layer.geometry, 8, torch.zeros(2, 3))
+    padded = Geometry(4, 3, padding=(1, 1, 1, 1))
+    with pytest.raises(InputError, match="only be kept between ends where nothing is padded"):
+        pack(layer.blocks, None, padded, 8, torch.zeros(3, 2))
     with pytest.raises(InputError, match=r"'gelu' is not one the kernel can fuse"):
         run(layer, Form(layer.geometry, "gelu"), torch.zeros(1, 3, 4, 4))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.kernel import pack_layer
-from passes.kernel.chain import PackedChain
+from passes.kernel.chain import PackedChain, Wires
 from passes.kernel.memory import Arena
 from passes.kernel.target import supported
 
@@ -32,14 +32,14 @@ def random_chain(seed: int, length: int, channels: int = 10) -> tuple[PackedChai
         convs.append(nn.Conv2d(channels, channels, 2 * size + 1, padding=size).requires_grad_(False))
         known = index + 1
         added = int(torch.randint(-1, known, ()))
-        reads.append((int(torch.randint(max(0, known - 2), known, ())), None if added < 0 else added))
+        reads.append(Wires(int(torch.randint(max(0, known - 2), known, ())), None if added < 0 else added))
     outputs = sorted({int(torch.randint(0, length, ())), length - 1})
     return PackedChain([pack_layer(conv, activation="relu") for conv in convs], reads, outputs), convs
 
 
 def reference(chain: PackedChain, convs: list[nn.Conv2d], x: Tensor) -> list[Tensor]:
     known = [x.double()]
-    for conv, (read, added) in zip(convs, chain.reads, strict=True):
+    for conv, (read, added, _) in zip(convs, chain.wires, strict=True):
         y = F.conv2d(known[read], conv.weight.double(), conv.bias.double(), padding=conv.padding)  # type: ignore[union-attr]
         known.append(F.relu(y if added is None else y + known[added]))
     return [known[1 + index] for index in chain.outputs]
@@ -63,6 +63,21 @@ def test_chains_of_any_shape(seed: int, length: int, size: int, images: int, tea
         torch.testing.assert_close(
             result.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() if images else 0)
         )
+
+
+def test_layers_write_into_a_tensor_that_grows() -> None:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8 + 4 * index, 4, 3, padding=1).requires_grad_(False) for index in range(3)]
+    wires = [Wires(0, into=(0, 8 + 4 * index)) for index in range(3)]
+    chain = PackedChain([pack_layer(conv) for conv in convs], wires, [])
+    expected = torch.randn(2, 8, 5, 6)
+    for other in (chain, torch.compile(chain, backend="aot_eager", fullgraph=True)):
+        joined = torch.cat([expected[:, :8], torch.full((2, 12, 5, 6), torch.nan)], 1)
+        with torch.no_grad():
+            assert other(joined) == ()
+        for conv in convs:
+            expected = torch.cat([expected, conv(expected)], 1) if expected.shape[1] < 20 else expected
+        torch.testing.assert_close(joined, expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 5)), max_size=30))

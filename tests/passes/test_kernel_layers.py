@@ -39,7 +39,7 @@ def two_threads() -> object:
 
 
 def arguments(layer: kernel.PackedConv2d, x: Tensor) -> tuple[object, ...]:
-    tables = (layer.weight, layer.bias, layer.inputs, layer.filters, layer.blocks)
+    tables = (layer.weight, layer.bias, layer.inputs, layer.ends, layer.filters, layer.blocks)
     return x, None, *tables, [20, 12, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1], "relu", [0] * 9, [14, 4]
 
 

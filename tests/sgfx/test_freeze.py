@@ -18,7 +18,7 @@ from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
 from passes.freezing.placing import beside_rows
 from passes.kernel import Margins, PackedConv2d, supported
-from passes.kernel.chain import PackedChain
+from passes.kernel.chain import PackedChain, Wires
 from passes.kernel.geometry import Geometry
 from passes.kernel.schedule import Job, Tiling, schedule
 
@@ -201,7 +201,7 @@ def test_layers_that_follow_each_other_run_in_one_call():
     model, images = Taps().eval(), torch.randn(2, 6, 9, 9)
     frozen = sgfx.freeze(model, images, strategy="kernel")
     chains = [module for module in frozen.modules() if type(module) is PackedChain]
-    assert [(chain.reads, chain.outputs) for chain in chains] == [(((0, None), (1, None), (2, 1)), (0, 2))]
+    assert [(chain.wires, chain.outputs) for chain in chains] == [((Wires(0), Wires(1), Wires(2, 1)), (0, 2))]
     with torch.no_grad():
         for result, expected in zip(frozen(images), model(images), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

@@ -60,13 +60,14 @@ def _counted_from_plans(model: nn.Module, layers: Mapping[str, Any], inputs: tup
 
     for path, layer in layers.items():
         layer.register_forward_hook(partial(note, path))
-    counts = _counted_by_torch(model, inputs)
+    counts, by_layer = _counted_by_torch(model, inputs), Counter[str]()
     for path, macs in own.items():
         more, above = macs - counts.pop(path, 0), path
         while above:  # the torch counter knows dense weights, and nothing of the kernel
             above = above.rpartition(".")[0]
             counts[above] += more
-        counts[layers[path].path.partition("#")[0]] += macs
+        by_layer[layers[path].path.partition("#")[0]] += macs
+    counts.update({path: macs - counts[path] for path, macs in by_layer.items()})
     return counts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from passes.freezing.chaining import chain
 from passes.freezing.choosing import checked_strategy, choose
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
+from passes.freezing.fused import Recipe
 from passes.freezing.fusion import fuse
 from passes.freezing.joining import join
 from passes.freezing.placing import place
@@ -134,9 +135,21 @@ def _fused(small: nn.Module, inputs: tuple[object, ...]) -> list[_Part]:
         use_thresholds(graph)
         join(graph)
         parts.append(_Part(region.path, graph, _filled(arguments)))
+    parts += _alone(small, regions)
     if not parts:
         raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
     return parts
+
+
+def _alone(small: nn.Module, regions: Regions) -> Iterator[_Part]:
+    """Regrouped layers outside every region, each as a graph of its own, where a run showed how it is called."""
+    seen = regions.observation.called if regions.observation is not None else {}
+    for path, layer in small.named_modules():
+        inputs, keywords = seen.get(path, {}).get("eval", ((), {}))
+        if isinstance(layer, Grouped) and inputs and not keywords and regions.outside(path) is not None:
+            graph = fx.Graph()
+            graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+            yield _Part(path, fx.GraphModule({"layer": Recipe(layer, path)}, graph), _filled(inputs))
 
 
 def _assembled(

@@ -296,6 +296,26 @@ def test_a_model_of_several_regions_stays_of_its_class():
     assert error(frozen, small, IMAGES) < 1e-5
 
 
+@needs_kernel
+def test_regrouped_layers_outside_every_region_are_frozen_alone():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.scale = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), 2.0
+
+        def forward(self, images):
+            found = [self.head(self.conv(image[None])) for image in images]
+            return torch.cat(found) * self.head.out_channels
+
+    model = trained(Loop())
+    small = sgfx.compile(model, groups=3, ratio=0.5, example_inputs=IMAGES, overrides={"head": {"ratio": 0.5}})
+    assert sgfx.plans(small)["head"].grouped
+    frozen = sgfx.freeze(small, IMAGES, strategy="kernel")
+    assert error(frozen, small, IMAGES) < 1e-5
+    assert frozen.decisions.layers["head"].way == "kernel"
+    assert error(sgfx.freeze(small, IMAGES), small, torch.randn(3, 3, 9, 12)) < 1e-5
+
+
 def test_eliminated_models_are_frozen_too():
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.9, eliminate=True)
     assert error(sgfx.freeze(small, IMAGES), small, IMAGES) < 1e-5

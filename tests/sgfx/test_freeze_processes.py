@@ -1,0 +1,117 @@
+"""Frozen models in the long run, in other processes, and under torch's own compilers."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sgfx
+from passes.kernel import supported
+from tests.sgfx.test_freeze import IMAGES, Block, trained
+
+needs_kernel = pytest.mark.skipif(supported() is not None, reason="the kernel does not run here")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    return sgfx.freeze(small, IMAGES, strategy="kernel" if supported() is None else "library")
+
+
+def resident():
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_thousand_calls_leave_nothing_behind(frozen):
+    images = [torch.randn(1, 3, 16 + index, 20) for index in range(4)]
+
+    def call(times):
+        with torch.no_grad():
+            for index in range(times):
+                frozen(images[index % 4])
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects()), resident()
+
+    call(100)
+    tensors, before = call(100)
+    after_tensors, after = call(1000)
+    assert after_tensors == tensors
+    assert after - before < 2**20  # a picture and what is made of it are some 100 KB
+
+
+SCRIPT = """
+import torch
+from torch.utils.data import DataLoader, Dataset
+import sgfx
+from tests.sgfx.test_freeze import Block, trained
+
+class Outputs(Dataset):
+    def __init__(self, frozen):
+        self.frozen = frozen
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.frozen(torch.full((1, 3, 24, 24), float(index)))
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    frozen = sgfx.freeze(small, torch.randn(1, 3, 24, 24), strategy="kernel")
+    outputs = Outputs(frozen)
+    expected = [outputs[index] for index in range(3)]  # parallel work in the parent, before it forks
+    for context in ("fork", "spawn"):
+        loader = DataLoader(outputs, batch_size=None, num_workers=1, multiprocessing_context=context)
+        for given, wanted in zip(loader, expected, strict=True):
+            assert (given - wanted).abs().max() < 1e-6 * wanted.abs().max(), context
+"""
+
+LOADING = """
+import sys
+import torch
+import passes.kernel
+
+program, images, expected = sys.argv[1:]
+found = torch.export.load(program).module()(torch.load(images))
+assert "sgfx" not in sys.modules
+assert torch.equal(found, torch.load(expected))
+"""
+
+
+def run(script, tmp_path, *arguments):
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    command = [sys.executable, str(file), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_kernel
+def test_workers_of_a_data_loader_run_a_frozen_model(tmp_path):
+    run(SCRIPT, tmp_path)
+
+
+def test_an_exported_frozen_model_runs_in_a_process_that_knows_the_kernel_alone(frozen, tmp_path):
+    program = torch.export.export(frozen, (IMAGES,))
+    torch.export.save(program, tmp_path / "frozen.pt2")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    with torch.no_grad():
+        torch.save(frozen(IMAGES), tmp_path / "expected.pt")
+    run(LOADING, tmp_path, *(tmp_path / name for name in ("frozen.pt2", "images.pt", "expected.pt")))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_passes_through(frozen, backend):
+    torch.compiler.reset()
+    compiled = torch.compile(frozen, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for images in (IMAGES, torch.randn(3, 3, 24, 16)):
+            assert torch.allclose(compiled(images), frozen(images), atol=1e-5)

@@ -102,43 +102,54 @@ def moving(notes: Notes, name: str, target: Any, args: tuple[Any, ...], kwargs: 
     """Do a moving operation on the labels, and hold the channels where its arguments count them."""
     if name == "pad":
         return _padded(*args, **kwargs)
+    if name in JOINING:
+        return _joined(notes, name, *args, **kwargs, reason=reason)
     if isinstance(target, str):
         moved = getattr(args[0], "reshape" if name == "view" else target)(*args[1:], **kwargs)
     else:
         moved = target(*args, **kwargs)
-    if name in JOINING:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        _join(notes, args[0], dim % moved.dim(), name, reason)
-    elif name not in RELATIVE and not _leaves_channels_alone(name, args, kwargs, moved):
+    if name not in RELATIVE and not _leaves_channels_alone(name, args, kwargs, moved):
         notes.hold(args[0], reason)
     return moved
 
 
 def _padded(labels: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """Constants that are padded on are nobody's channels; what repeats channels, or cuts them off, isn't understood."""
-    ends = [(labels.dim() - 1 - index // 2, amount) for index, amount in enumerate(pad) if amount]
-    padded = {dim for dim, _ in ends} & varying(labels)
-    if not padded:
-        shape = list(labels.shape)
-        for dim, amount in ends:
-            shape[dim] += amount
-        return compact(labels).expand(*shape)
-    if mode != "constant" or min(pad) < 0:
+    dims, shape = varying(labels), list(labels.shape)
+    for index, amount in enumerate(pad):
+        shape[-1 - index // 2] += amount
+    added = [amount if labels.dim() - 1 - index // 2 in dims else 0 for index, amount in enumerate(pad)]
+    if any(added) and (mode != "constant" or min(pad) < 0):
         raise NotUnderstoodError("it pads channels with others, or cuts them off")
-    return F.pad(labels.contiguous(), list(pad), value=0)
+    return F.pad(compact(labels), added).expand(*shape)
 
 
-def _join(notes: Notes, parts: Sequence[Tensor], dim: int, name: str, reason: str) -> None:
+def _joined(
+    notes: Notes, name: str, parts: Sequence[Tensor], dim: int = 0, axis: int | None = None, *, reason: str
+) -> Tensor:
     """Parts that are put behind each other have the same channels along all other dimensions, or are held."""
+    stacked = name == "stack"
+    dim = (dim if axis is None else axis) % (parts[0].dim() + stacked)
+    parts = [part.unsqueeze(dim) for part in parts] if stacked else parts
     dims = [varying(part) for part in parts]
-    if name != "stack" and all(along <= {dim} for along in dims):
-        return
-    if name == "stack" or not any(dim in along for along in dims):
-        for part in parts[1:]:
+    if stacked or not any(dim in along for along in dims):
+        for part in parts[1:] if stacked or any(dims) else ():
             notes.tie(*_broadcast(compact(parts[0]), compact(part)))
-        return
-    for part in parts:
-        notes.hold(part, reason)
+    elif not all(along <= {dim} for along in dims):
+        for part in parts:
+            notes.hold(part, reason)
+    return _behind_each_other(parts, dim)
+
+
+def _behind_each_other(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Labels joined along `dim`, with stride 0 along every other dimension that no part varies along."""
+    small = [compact(part) for part in parts]
+    sizes = [max(each) for each in zip(*(part.shape for part in small), strict=True)]
+    shape, count = list(parts[0].shape), sum(part.shape[dim] for part in parts)
+    full = [
+        each.expand(*sizes[:dim], part.shape[dim], *sizes[dim + 1 :]) for each, part in zip(small, parts, strict=True)
+    ]
+    return torch.cat(full, dim).expand(*shape[:dim], count, *shape[dim + 1 :])
 
 
 def _leaves_channels_alone(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], moved: Any) -> bool:

@@ -77,8 +77,9 @@ class Channels:
         self._starts = [0]
         self._size = 1
         self._ties: nx.Graph = nx.Graph()
-        self._held: list[Tensor] = []
-        self._exposed: list[Tensor] = []
+        self._held = [torch.zeros(1, dtype=torch.int64)]
+        self._exposed = [torch.zeros(1, dtype=torch.int64)]
+        self._noted: list[tuple[Tensor, str]] = []
 
     def site(self, path: str, module: nn.Module) -> Site:
         """The site of a module that can be cut; a layer gets slots of its own."""
@@ -113,30 +114,36 @@ class Channels:
         slots = torch.unique(compact(labels))
         slots = slots[slots > 0]
         noted.append(slots)
-        for path in self._of(slots):
-            self.reasons.setdefault(path, reason)
-
-    def _of(self, slots: Tensor) -> list[str]:
-        """Paths of the layers that the slots belong to."""
-        places = torch.searchsorted(torch.tensor(self._starts), slots, right=True) - 1
-        return [self._owners[place] for place in torch.unique(places).tolist()]
+        self._noted.append((slots, reason))
 
     def solve(self) -> None:
-        """Find out what is read and what is held, once all graphs have been walked."""
-        for path, site in self.sites.items():
+        """Find out what is read and what is held, by whom and why, once all graphs have been walked."""
+        for site in self.sites.values():
             for read in site.reads[1:]:
                 self.tie(site.reads[0], read)
-            for owner in self._of(torch.unique(torch.cat(site.reads))) if site.reads else []:
-                self.readers.add_edge(owner, path)
+        self._name()
         classes = torch.arange(self._size)
         for number, members in enumerate(nx.connected_components(self._ties)):
             classes[list(members)] = self._size + number
         count = self._size + self._ties.number_of_nodes() + 1
         held, read = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
-        held[classes[torch.cat([*self._held, *self._exposed, torch.zeros(1, dtype=torch.int64)])]] = True
-        read[classes[torch.cat([*self._exposed, torch.zeros(1, dtype=torch.int64)])]] = True
+        held[classes[torch.cat(self._held + self._exposed)]] = True
+        read[classes[torch.cat(self._exposed)]] = True
         self._spread(classes, read)
         self.read, self.present = read[classes], (read | held)[classes]
+
+    def _name(self) -> None:
+        """Say in `readers` and `reasons` which layers the slots belong to."""
+        owner_of = torch.repeat_interleave(torch.tensor([*self._starts, self._size]).diff())
+
+        def owners(slots: Tensor) -> list[str]:
+            return [self._owners[number] for number in torch.unique(owner_of[slots]).tolist()]
+
+        for path, site in self.sites.items():
+            self.readers.add_edges_from((owner, path) for owner in owners(torch.cat(site.reads)))
+        for slots, reason in self._noted:
+            for path in owners(slots):
+                self.reasons.setdefault(path, reason)
 
     def _spread(self, classes: Tensor, read: Tensor) -> None:
         """Follow what is read up the network until nothing changes."""

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import sgfx
+from passes.channel_rules import moving
 from passes.channels import analyse
 from passes.cut import cuts
+from passes.labels import along
 from passes.regions import find_regions
 
 IMAGES = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -218,6 +220,20 @@ def test_whoever_reads_in_one_mode_reads():
     assert cuts(small) == {}
     channels = analyse(dense, find_regions(dense), (IMAGES,))
     assert set(channels.readers.successors("a")) == {"norm", "b", "auxiliary"}
+
+
+def test_labels_of_joined_and_padded_tensors_take_one_number_for_each_channel():
+    class Notes:
+        def tie(self, *_):
+            raise AssertionError("nothing meets")
+
+    parts = [along(torch.arange(start, start + 3), (2, 3, 50, 50), 1) for start in (1, 4)]
+    joined = moving(Notes(), "cat", torch.cat, (parts,), {"dim": 1}, "")
+    padded = moving(Notes(), "pad", F.pad, (joined, (1, 0, 2, 2, 1, 2)), {}, "")
+    assert joined.shape == (2, 6, 50, 50)
+    assert padded.shape == (2, 9, 54, 51)
+    assert padded[1, :, 3, 7].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 0]
+    assert (joined.untyped_storage().nbytes(), padded.untyped_storage().nbytes()) == (6 * 8, 9 * 8)
 
 
 def test_hooks_see_every_channel_and_may_change_shapes():

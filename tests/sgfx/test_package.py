@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import models_zoo
 import sgfx
 
 ROOT = Path(sgfx.__file__).parent.parent
@@ -79,6 +80,26 @@ def test_the_api_is_word_for_word(function):
     assert given == SIGNATURES[function]
 
 
-def test_reports_and_plans_take_what_they_promise():
-    assert list(inspect.signature(sgfx.report).parameters) == ["dense", "small", "example_inputs"]
-    assert list(inspect.signature(sgfx.plans).parameters) == ["model"]
+@pytest.mark.parametrize(
+    ("function", "promised"),
+    [
+        (sgfx.plans, "(model)"),
+        (sgfx.report, "(dense, small, example_inputs)"),
+        (sgfx.verify, "(dense, small, example_inputs)"),
+        (sgfx.save, "(small, path)"),
+        (sgfx.load, "(path, *, into)"),
+        (sgfx.export, "(small, path, example_inputs, *, form=None, dynamic_batch=False)"),
+        (sgfx.freeze, "(model, example_inputs, *, strategy=None, decisions=None)"),
+        (sgfx.calibrate, "(dense, small, data)"),
+        (sgfx.distill, "(dense, small, data, *, steps=400, lr=0.001)"),
+        (sgfx.Trainer, "(model, train_data, val_data=None, *, epochs, lr, teacher=None, "),
+        (models_zoo.list, "()"),
+        (models_zoo.create, "(name, **options)"),
+        (models_zoo.load_checkpoint, "(model, path)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_all_else_takes_what_it_promises(function, promised):
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(inspect.Signature(bare)).startswith(promised)

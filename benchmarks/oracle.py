@@ -6,8 +6,7 @@ the places of the pruned weights. The compiled model must then have
 
 - the masked model's outputs, in eval and in train mode;
 - in train mode its gradients: those of the kept weights and of all other parameters;
-- its buffers afterwards (running statistics), in the channels that reach the loss: elimination leaves some that nobody
-  reads where a reshape counts on their number, and what such a channel holds is nobody's concern;
+- its buffers afterwards (running statistics), of every channel that is left;
 - and whatever elimination removed must have had a gradient of exactly zero.
 
 A difference is the largest one of a tensor, divided by the tensor's largest value. Gradients that are zero in exact
@@ -189,22 +188,13 @@ def compare(masked: Run, small: Run, model: nn.Module, cuts: Mapping[str, Remain
     for name, actual in small.buffers.items():
         if name in masked.buffers:
             expected = layout.split(name, masked.buffers[name])[0]
-            seen = _reaching(masked, layout, name, actual)
-            buffers[name] = _relative(torch.where(seen, actual, expected), expected, name)
+            buffers[name] = _relative(actual, expected, name)
     unexpected = [name for name in small.gradients.keys() - masked.gradients.keys() if small.gradients[name].any()]
     assert not unexpected, f"gradients that the masked model does not have: {unexpected}"
     every = errors | gradients | buffers
     worst = max(every, key=lambda name: every[name]) if every else ""
     of_outputs, of_gradients, of_buffers = (max(each.values(), default=0.0) for each in (errors, gradients, buffers))
     return Differences(of_outputs, of_gradients, of_buffers, worst)
-
-
-def _reaching(masked: Run, layout: Layout, name: str, buffer: Tensor) -> Tensor:
-    """Which entries of a buffer belong to channels that reach the loss, going by the bias next to it."""
-    bias = f"{name.rpartition('.')[0]}.bias"
-    if bias in masked.gradients and len(kept := layout.split(bias, masked.gradients[bias])[0]) == buffer.numel():
-        return (kept != 0).view(buffer.shape)
-    return torch.ones_like(buffer, dtype=torch.bool)
 
 
 class Layout:

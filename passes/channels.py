@@ -6,7 +6,8 @@
    components are the classes that stay or go together.
 3. A class is read if an output, a hook or an operation that isn't understood reads it, or a layer of which some filter
    is read reads it by one of its kept connections. That is the least fixed point over all graphs together.
-4. A class is held if something counts its channels by number. What is neither read nor held can go.
+4. A class is held if something counts its channels by number: then it stays, and counts as read, so that whatever is
+   left is what it was. The others can go.
 5. A layer keeps at least one filter that reads something: no tensor loses its last channel.
 """
 
@@ -62,8 +63,7 @@ class Channels:
     Attributes:
         sites: the modules that can be cut, by path.
         reasons: why channels of a layer are read or held by something other than a layer, by path.
-        read: bool, by slot.
-        present: bool, by slot: read or held.
+        present: bool, by slot: whether it stays.
         readers: who reads whom, by path: an edge leads from a layer to each module that reads some of its channels.
     """
 
@@ -71,7 +71,7 @@ class Channels:
         """Start with slot 0, which is nobody's."""
         self.sites: dict[str, Site] = {}
         self.reasons: dict[str, str] = {}
-        self.read = self.present = torch.zeros(0, dtype=torch.bool)
+        self.present = torch.zeros(0, dtype=torch.bool)
         self.readers: nx.DiGraph = nx.DiGraph()
         self._owners = ["outside"]
         self._starts = [0]
@@ -126,11 +126,10 @@ class Channels:
         for number, members in enumerate(nx.connected_components(self._ties)):
             classes[list(members)] = self._size + number
         count = self._size + self._ties.number_of_nodes() + 1
-        held, read = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
-        held[classes[torch.cat(self._held + self._exposed)]] = True
-        read[classes[torch.cat(self._exposed)]] = True
+        read = torch.zeros(count, dtype=torch.bool)
+        read[classes[torch.cat(self._held + self._exposed)]] = True
         self._spread(classes, read)
-        self.read, self.present = read[classes], (read | held)[classes]
+        self.present = read[classes]
 
     def _name(self) -> None:
         """Say in `readers` and `reasons` which layers the slots belong to."""

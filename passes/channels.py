@@ -28,7 +28,7 @@ from passes.labels import compact
 from passes.layers.grouped import Grouped
 from passes.matching import holders_of
 from passes.plan import LayerPlan
-from passes.regions import find_regions
+from passes.regions import COUNTS, find_regions, mentions
 from passes.shapes import find_shapes
 from passes.trace import calls
 from passes.unit import Pass, Unit
@@ -195,6 +195,9 @@ def analyse(model: nn.Module, regions: Regions, example_inputs: tuple[object, ..
     obstacles = {region.path: _unknown(region, regions, example_inputs) for region in regions.parts}
     fixed = dict(uncuttable(model, usage))
     for region in regions.parts:
+        around = ["", *holders_of(region.path)] if region.path else []
+        if any(mentions(type(model.get_submodule(path)), COUNTS) for path in around):
+            obstacles[region.path] = "code around it, which can't be traced, asks layers for their number of channels"
         if (obstacle := obstacles[region.path]) is not None:
             fixed.update({path: obstacle for _, path, _ in calls([region])})
     for region in regions.parts:

@@ -2,16 +2,22 @@
 
 Exact in eval and in train mode: what is removed reaches no output, in any graph. Constant channels (of groups without
 inputs) stay, since a batch norm in training maps a constant to another one than in eval. The smaller model is traced
-again with the shapes it was analysed with; what it gives must have the shapes it had.
+again: it must do the same, number for number, or its forward computes with a layer's `out_channels` and the like, and
+nothing is cut. What it gives must have the shapes it had.
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
+
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from passes.channels import Channels
 from passes.cut import Cut, apply_cuts
+from passes.facts import Regions
+from passes.layers.surgery import replace_module
 from passes.regions import find_regions
 from passes.shapes import propagate_shapes, without_storage
 from passes.unit import Pass, Unit
@@ -41,15 +47,20 @@ class Elimination(Pass):
 
     def run(self, unit: Unit) -> bool:
         """Cut the model by its channel analysis."""
-        cuts = cuts_of(unit.channels)
-        apply_cuts(unit.model, cuts)
-        return bool(cuts)
+        cuts, model, settings = cuts_of(unit.channels), unit.model, unit.settings
+        whole = {path: model.get_submodule(path) for path in cuts}
+        apply_cuts(model, cuts)
+        self._after = find_regions(model, settings.example_inputs, settings.leaf_modules)
+        if _programs(self._after) == _programs(unit.regions):
+            return bool(cuts)
+        for path, module in whole.items():
+            replace_module(model, path, module)
+        self._after = find_regions(model, settings.example_inputs, settings.leaf_modules)
+        return False
 
     def check(self, unit: Unit) -> str | None:
         """What the smaller model gives has the shapes that it had."""
-        settings = unit.settings
-        after = find_regions(unit.model, settings.example_inputs, settings.leaf_modules)
-        for old, new in zip(unit.regions.parts, after.parts, strict=True):
+        for old, new in zip(unit.regions.parts, self._after.parts, strict=True):
             for mode, graph in old.graphs.items():
                 nodes = list(graph.graph.nodes)
                 if "val" in nodes[-1].meta:
@@ -58,6 +69,24 @@ class Elimination(Pass):
                     if _shapes(graph) != _shapes(new.graphs[mode]):
                         return f"region {old.path!r} gives other shapes in {mode} mode than before"
         return None
+
+
+def _programs(regions: Regions) -> list[object]:
+    """What the graphs of all regions do, step by step, with all numbers that stand in them."""
+    return [
+        (region.path, mode, node.op, node.target, str(node.args), str(node.kwargs), _constant(graph, node))
+        for region in regions.parts
+        for mode, graph in region.graphs.items()
+        for node in graph.graph.nodes
+    ]
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> object:
+    """The values of a tensor that tracing found ready-made."""
+    if node.op != "get_attr" or "_tensor_constant" not in str(node.target):
+        return None
+    tensor: Tensor = attrgetter(str(node.target))(graph)
+    return None if tensor.is_meta else torch.as_tensor(tensor).tolist()
 
 
 def _shapes(graph: fx.GraphModule) -> list[object]:

@@ -27,6 +27,7 @@ from passes.trace import Tracing, UntraceableError, join
 from passes.unit import Pass, Unit
 
 ASKS_FOR_PARAMETERS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict"}
+COUNTS = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
 SETTING_UP = ("__init__", "_init", "reset", "_load")
 
 
@@ -60,7 +61,7 @@ def find_regions(
 def _parts(
     tracing: Tracing, module: nn.Module, path: str, leaves: frozenset[str], observation: Observation | None
 ) -> Iterator[Region]:
-    if (observation is None or "eval" in observation.failures) and _asks_for_parameters(type(module)):
+    if (observation is None or "eval" in observation.failures) and mentions(type(module), ASKS_FOR_PARAMETERS):
         return
     for name, child in module.named_children():
         below = join(path, name)
@@ -88,17 +89,17 @@ def _arguments(module: nn.Module, path: str, observation: Observation | None) ->
     return counts.pop() if len(counts) == 1 else None
 
 
-def _asks_for_parameters(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, but for what sets it up, mentions parameters."""
+def mentions(kind: type[nn.Module], names: Collection[str]) -> bool:
+    """Whether the code of a class, but for what sets it up, mentions one of these names."""
     bases = [base for base in kind.__mro__ if not base.__module__.startswith("torch.nn.")]
     members = [member for base in bases for member in vars(base).items()]
     functions = (f for name, f in members if isinstance(f, FunctionType) and not name.startswith(SETTING_UP))
-    return any(_mentions(function.__code__) for function in functions)
+    return any(_mentions(function.__code__, names) for function in functions)
 
 
-def _mentions(code: CodeType) -> bool:
+def _mentions(code: CodeType, names: Collection[str]) -> bool:
     nested = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return bool(ASKS_FOR_PARAMETERS & set(code.co_names)) or any(map(_mentions, nested))
+    return not set(names).isdisjoint(code.co_names) or any(_mentions(each, names) for each in nested)
 
 
 class Trace(Pass):

@@ -311,6 +311,49 @@ def test_no_layer_loses_its_last_filter():
     assert torch.allclose(small(IMAGES), model(IMAGES))
 
 
+def width_of(layer):
+    return layer.out_channels
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda model: model.a.out_channels,
+        lambda model: model.b.in_channels,
+        lambda model: model.norm.num_features,
+        lambda model: width_of(model.a),
+        lambda model: torch.arange(model.a.out_channels).sum(),
+    ],
+)
+def test_a_forward_that_computes_with_a_layers_number_of_channels_keeps_them(count):
+    class Model(Chain):
+        def forward(self, x):
+            return super().forward(x) * count(self)
+
+    torch.manual_seed(0)
+    dense, small = compiled(Model())
+    assert cuts(small) == {}
+    check_equal(dense, small)
+
+
+def test_code_that_is_not_traced_and_asks_for_the_number_of_channels_keeps_them():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Chain()
+
+        def forward(self, images):
+            return torch.cat([self.net(image[None]) * self.net.a.out_channels for image in images])
+
+    torch.manual_seed(0)
+    model = Wrapper().double()
+    kill(model.net.b, 0, 3)
+    options = {"ratio": 0.0, "groups": 1, "overrides": {"net.b": {"ratio": 0.25, "groups": 1}}, "eliminate": True}
+    small = sgfx.compile(model, example_inputs=IMAGES, **options)
+    assert cuts(small) == {}
+    assert torch.allclose(small.eval()(IMAGES), model.eval()(IMAGES))
+
+
 def test_elimination_in_place_keeps_the_model_and_what_was_not_cut():
     torch.manual_seed(0)
     model = Chain().double()

@@ -32,9 +32,6 @@ class Notes(Protocol):
     def hold(self, labels: Tensor, reason: str) -> None:
         """These channels can't be taken out."""
 
-    def expose(self, labels: Tensor, reason: str) -> None:
-        """These channels are read, and can't be taken out."""
-
 
 class NotUnderstoodError(Exception):
     """No rule holds for an operation; its message says why."""
@@ -48,9 +45,9 @@ def elementwise(notes: Notes, operands: Sequence[Tensor], shape: Sequence[int]) 
         mine = compact(operand).view(*missing, *compact(operand).shape)
         my_sizes = missing + list(operand.shape)
         if _spread(my_sizes, result):
-            notes.expose(mine, "spread over all channels of another tensor")
+            notes.hold(mine, "spread over all channels of another tensor")
         elif _spread(sizes, mine):
-            notes.expose(result, "spread over all channels of another tensor")
+            notes.hold(result, "spread over all channels of another tensor")
             result = mine
         else:
             notes.tie(*_broadcast(result, mine))

@@ -4,10 +4,10 @@
    where in it; rules (`passes.channel_rules`) take them through each operation.
 2. Slots that meet in a sum or product are tied: all of them can be taken out, or none. Ties are a networkx graph, whose
    components are the classes that stay or go together.
-3. A class is read if an output, a hook or an operation that isn't understood reads it, or a layer of which some filter
-   is read reads it by one of its kept connections. That is the least fixed point over all graphs together.
-4. A class is held if something counts its channels by number: then it stays, and counts as read, so that whatever is
-   left is what it was. The others can go.
+3. A class is held if an output, a hook or an operation that isn't understood reads it, or something counts its channels
+   by number.
+4. A class is read if it is held, so that whatever is left is what it was, or if a layer of which some filter is read
+   reads it by one of its kept connections: the least fixed point over all graphs together. The others can go.
 5. A layer keeps at least one filter that reads something: no tensor loses its last channel.
 """
 
@@ -77,9 +77,7 @@ class Channels:
         self._starts = [0]
         self._size = 1
         self._ties: nx.Graph = nx.Graph()
-        self._held = [torch.zeros(1, dtype=torch.int64)]
-        self._exposed = [torch.zeros(1, dtype=torch.int64)]
-        self._noted: list[tuple[Tensor, str]] = []
+        self._held: list[tuple[Tensor, str]] = []
 
     def site(self, path: str, module: nn.Module) -> Site:
         """The site of a module that can be cut; a layer gets slots of its own."""
@@ -103,18 +101,9 @@ class Channels:
         self._ties.add_edges_from(pairs[~alone].tolist())
 
     def hold(self, labels: Tensor, reason: str) -> None:
-        """These channels can't be taken out."""
-        self._note(self._held, labels, reason)
-
-    def expose(self, labels: Tensor, reason: str) -> None:
-        """These channels are read, and can't be taken out."""
-        self._note(self._exposed, labels, reason)
-
-    def _note(self, noted: list[Tensor], labels: Tensor, reason: str) -> None:
+        """These channels can't be taken out: something that is no layer reads them, or counts them by number."""
         slots = torch.unique(compact(labels))
-        slots = slots[slots > 0]
-        noted.append(slots)
-        self._noted.append((slots, reason))
+        self._held.append((slots[slots > 0], reason))
 
     def solve(self) -> None:
         """Find out what is read and what is held, by whom and why, once all graphs have been walked."""
@@ -127,7 +116,7 @@ class Channels:
             classes[list(members)] = self._size + number
         count = self._size + self._ties.number_of_nodes() + 1
         read = torch.zeros(count, dtype=torch.bool)
-        read[classes[torch.cat(self._held + self._exposed)]] = True
+        read[classes[torch.cat([torch.zeros(1, dtype=torch.int64), *(slots for slots, _ in self._held)])]] = True
         self._spread(classes, read)
         self.present = read[classes]
 
@@ -140,7 +129,7 @@ class Channels:
 
         for path, site in self.sites.items():
             self.readers.add_edges_from((owner, path) for owner in owners(torch.cat(site.reads)))
-        for slots, reason in self._noted:
+        for slots, reason in self._held:
             for path in owners(slots):
                 self.reasons.setdefault(path, reason)
 
@@ -189,7 +178,7 @@ def first_reader(module: nn.Module) -> int:
 def analyse(model: nn.Module, regions: Regions, example_inputs: tuple[object, ...] | None = None) -> Channels:
     """Analyse the channels of `model`, whose parts `regions` are, in all modes.
 
-    Layers that can't be cut, and those outside the regions, have no site: what they read is exposed.
+    Layers that can't be cut, and those outside the regions, have no site: what they read is held.
     """
     channels, usage = Channels(), Usage(model, regions)
     obstacles = {region.path: _unknown(region, regions, example_inputs) for region in regions.parts}

@@ -38,7 +38,7 @@ class _Sizes:
 
 
 def walk(channels: Channels, region: Region, graph: fx.GraphModule, uncuttable: Mapping[str, str]) -> None:
-    """Take labels through `graph`, and note in `channels` what is tied, held, exposed and read.
+    """Take labels through `graph`, and note in `channels` what is tied, held and read.
 
     Args:
         channels: the analysis.
@@ -137,7 +137,7 @@ class _Walk:
         if labels is None or varying(labels) - {labels.dim() + from_end}:
             site.reads.append(site.none_known())
             if site.slots is not None:
-                self.channels.expose(site.slots, "called in a way that isn't understood")
+                self.channels.hold(site.slots, "called in a way that isn't understood")
             return self._give_up(node)
         site.reads.append(_slots_along(labels, from_end))
         if site.slots is None:
@@ -171,7 +171,7 @@ class _Walk:
     def _expose(self, labels: Any, reason: str) -> None:
         for each in pytree.tree_leaves(labels):
             if isinstance(each, Tensor):
-                self.channels.expose(each, reason)
+                self.channels.hold(each, reason)
             elif isinstance(each, _Sizes):
                 self.channels.hold(each.labels, reason)
 

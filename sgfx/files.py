@@ -28,6 +28,7 @@ from passes.lowering import lower
 from passes.plan import plan_of, plans
 from passes.settings import check_model
 from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
+from sgfx.frozen import decisions_in
 from sgfx.writing import replacing
 
 M = TypeVar("M", bound=nn.Module)
@@ -101,6 +102,8 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
 
 def _check_savable(small: nn.Module) -> None:
     check_model(small)
+    if decisions_in(small) is not None:
+        raise InputError("small is a frozen model: save the one that it was made from; the decisions are kept with it")
     found = plans(small)
     if not found:
         raise InputError("the model has no layer plans: save what sgfx.compile or Pruner.lower returned")

@@ -17,7 +17,7 @@ from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
 from passes.freezing.chaining import chain
-from passes.freezing.choosing import checked_strategy, choose
+from passes.freezing.choosing import checked_strategy, choose, chosen_layers
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fused import Recipe
@@ -64,7 +64,11 @@ def freeze(
         InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit.
     """
     check_model(model)
-    inputs = as_inputs(example_inputs) or ()
+    if frozen_before := next(iter(chosen_layers(model)), None):
+        raise InputError(f"the model is frozen already, at {frozen_before!r}: freeze the one that it was made from")
+    inputs = as_inputs(example_inputs)
+    if not inputs:
+        raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
     strategy = checked_strategy(strategy)
     if strategy is not None and decisions is not None:
         raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
@@ -75,6 +79,8 @@ def freeze(
         measured = strategy is None and given is None
         twins = [part.twin() for part in parts] if measured else []
         frozen, made = _assembled(small, parts, strategy, given)
+        if decisions is not None and given is not None:
+            _check_names(given, made)
         if measured:
             library, _ = _assembled(small, twins, "library", None)
             frozen, made = _faster(frozen, library, made, inputs)
@@ -94,6 +100,13 @@ def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) ->
         )
     found = decisions or decisions_of(model)
     return found if found is not None and found.machine == machine() else None
+
+
+def _check_names(given: Decisions, made: Decisions) -> None:
+    """Refuse decisions of another model, as far as their names tell."""
+    unknown = next((path for path in given.layers if path not in made.layers), None)
+    if unknown is not None:
+        raise InputError(f"the decisions are of another model: this one has no layer {unknown!r} to decide about")
 
 
 def _eliminated(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:

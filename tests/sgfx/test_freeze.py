@@ -335,6 +335,35 @@ def test_bad_input():
         sgfx.freeze(model, IMAGES, decisions={"version": 99})
     with pytest.raises(InputError, match="do not fit the model at layer 'stem'"):
         sgfx.freeze(model, torch.zeros(2, 4, 8, 8))
+    with pytest.raises(InputError, match="freeze needs example_inputs"):
+        sgfx.freeze(model, None)
+    with pytest.raises(InputError, match="do not fit the model at layer 'conv2'"):
+        sgfx.freeze(model, IMAGES.half())
+    frozen = sgfx.freeze(model, IMAGES)
+    with pytest.raises(InputError, match=r"frozen already, at '0\.frozen\.stem': freeze the one that it was made"):
+        sgfx.freeze(nn.Sequential(frozen, nn.ReLU()), IMAGES)
+    with pytest.raises(InputError, match="small is a frozen model: save the one that it was made from"):
+        sgfx.save(frozen, "frozen.safetensors")
+    made = frozen.decisions
+    other = sgfx.Decisions(made.machine, {"other": made.layers["stem"]})
+    with pytest.raises(InputError, match="decisions are of another model: this one has no layer 'other'"):
+        sgfx.freeze(model, IMAGES, decisions=other)
+
+
+def test_examples_without_images_in_them():
+    model = trained(Block())
+    for strategy in (None, "kernel", "library"):
+        frozen = sgfx.freeze(model, IMAGES[:0], strategy=strategy)
+        assert error(frozen, model, IMAGES) < 1e-5
+        assert frozen(IMAGES[:0]).shape == (0, 6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
+def test_half_precision_is_left_to_the_library(dtype, tolerance):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5).to(dtype)
+    frozen = sgfx.freeze(small, IMAGES.to(dtype))
+    assert error(frozen, small, IMAGES.to(dtype)) < tolerance
+    assert not any(isinstance(module, PackedConv2d) for module in frozen.modules())
 
 
 def test_decisions_travel_in_files(tmp_path, monkeypatch):

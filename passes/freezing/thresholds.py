@@ -5,8 +5,9 @@ scale goes into the weights of the layers that read the result, and ``Σ_taps w 
 layer sees a pixel at every tap, so where it pads with no zeros. The kernel compares as it loads; for the library, a
 comparison is as fast as copying the tensor, a third of the time that a norm and a ReLU take.
 
-Where s is 0, or so small that −t/s is no number, the channel is a constant: w · s becomes 0, and t becomes what the
-activation makes of it.
+What a channel below its threshold adds, ``w · (s · (−t/s) + t)``, is 0 but for rounding, which grows with t: a norm
+with a shift beyond `MOST_SHIFT` stays as it is. Where s is 0, or so small that −t/s is no number, the channel is a
+constant: w · s becomes 0, and t becomes what the activation makes of it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from passes.freezing.fused import FusedNorm, Recipe
 
 HIGHEST = {"relu": torch.inf, "relu6": 6.0}
 LEAST_SCALE = 1e-30
+MOST_SHIFT = 100.0
 
 
 def thresholds(scale: Tensor, shift: Tensor, highest: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +42,7 @@ def use_thresholds(graph: fx.GraphModule) -> int:
     count = 0
     for node in graph.graph.nodes:
         norm = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(norm, FusedNorm) and norm.activation in HIGHEST and norm.scale.dtype.itemsize >= 4:
+        if isinstance(norm, FusedNorm) and _may_move(norm):
             readers = [reader_of(graph, user, node) for user in node.users]
             dims = node.meta["val"].dim() - 2
             if all(reader is not None and _may_read(reader, dims) for reader in readers):
@@ -49,6 +51,11 @@ def use_thresholds(graph: fx.GraphModule) -> int:
                 graph.graph.erase_node(node)
                 count += 1
     return count
+
+
+def _may_move(norm: FusedNorm) -> bool:
+    precise = norm.scale.dtype in (torch.float32, torch.float64)
+    return precise and norm.activation in HIGHEST and bool(norm.shift.abs().max() <= MOST_SHIFT)
 
 
 def _may_read(reader: Recipe, dims: int) -> bool:

@@ -92,3 +92,9 @@ def test_other_readers_see_the_norm_itself(act, reader):
 
 def test_a_reflected_border_is_no_padding_with_zeros():
     assert frozen_with(model_of(nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"))) == (1, 0)
+
+
+def test_a_shift_that_rounding_would_show_stays_in_the_norm():
+    model = model_of(nn.ReLU(), nn.Conv2d(6, 4, 1))
+    nn.init.constant_(model.norm.bias, -1e5)
+    assert frozen_with(model) == (0, 1)

@@ -116,7 +116,9 @@ def bind(program: Program, tables: Sequence[Tables]) -> Program:
     return replace(program, calls=calls)
 
 
-def execute(program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+def execute(
+    program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None, arena: Tensor | None = None
+) -> Sequence[Tensor]:
     """Run a program whose layers are bound.
 
     Args:
@@ -124,6 +126,7 @@ def execute(program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] |
         inputs: fp32 ``[N, C, H, W]`` on the CPU, margins included; copied unless each image is contiguous.
         outs: where to write, or None for new tensors. Each image must be contiguous, so a range of the channels of a
             wider tensor will do.
+        arena: fp32 memory to use, or None for some of its own.
 
     Returns:
         The results that leave the program, margins included: `outs` if those were given.
@@ -137,7 +140,7 @@ def execute(program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] |
     if any(tensor.numel() == 0 for tensor in (*inputs, *outs)):
         return outs
     given = (*map(_by_image, inputs), *outs)
-    arena = empty((program.arena,))
+    arena = empty((program.arena,)) if arena is None else arena
     calls = program.calls.copy()
     address: int = calls.ctypes.data
     bases = [address, arena.data_ptr()]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.kernel import pack_layer
-from passes.kernel.chain import PackedChain, Wires
+from passes.kernel.chain import PackedChain, Wires, images_at_once
 from passes.kernel.memory import Arena
 from passes.kernel.target import supported
 
@@ -78,6 +78,19 @@ def test_layers_write_into_a_tensor_that_grows() -> None:
         for conv in convs:
             expected = torch.cat([expected, conv(expected)], 1) if expected.shape[1] < 20 else expected
         torch.testing.assert_close(joined, expected)
+
+
+def test_large_batches_are_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, _ = random_chain(6, 7)
+    x = torch.randn(7, 10, 9, 9)
+    whole = tensors(chain(x))
+    (found,) = chain._programs.values()
+    assert images_at_once(found, [x]) > 7
+    touched = 4 * (found.arena + x.numel() + sum(each.numel() for each in whole))  # by all seven images
+    for images in (1, 2, 3):
+        monkeypatch.setattr("passes.kernel.chain._SLICE", touched * images // 7 + 4)
+        assert images_at_once(found, [x]) == images
+        assert all(map(torch.equal, tensors(chain(x)), whole))
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 5)), max_size=30))

@@ -65,7 +65,7 @@ class PackedChain(nn.Module):
     def _at_once(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         found, images = self._program(inputs), len(inputs[0])
         size = images_at_once(found, inputs)
-        if size >= images:
+        if size >= images or any(len(x) != images for x in inputs):  # layers of another batch may be among them
             return execute(found, inputs)
         outs, arena = [empty(shape) for shape in found.out_shapes], None
         for start in range(0, images, size):

@@ -93,6 +93,15 @@ def test_large_batches_are_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(map(torch.equal, tensors(chain(x)), whole))
 
 
+def test_layers_of_batches_of_different_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.kernel.chain._SLICE", 4)
+    convs = [nn.Conv2d(10, 10, 1).requires_grad_(False) for _ in range(2)]
+    chain = PackedChain([pack_layer(conv) for conv in convs], [Wires(0), Wires(1)], [0, 1])
+    batches = torch.randn(2, 10, 5, 5), torch.randn(7, 10, 5, 5)
+    for result, conv, batch in zip(tensors(chain(*batches)), convs, batches, strict=True):
+        torch.testing.assert_close(result, conv(batch))
+
+
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 5)), max_size=30))
 def test_what_is_needed_at_the_same_time_has_places_of_its_own(sizes: list[tuple[int, int]]) -> None:
     arena, alive = Arena(), {}

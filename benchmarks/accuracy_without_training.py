@@ -161,9 +161,7 @@ METHODS: dict[str, Method] = {
     "calibrated": calibrated,
     "budget": budgeted,
     "pruned": uniform,
-    "norms": lambda bench, groups, ratio: reestimate_norms(
-        uniform(bench, groups, ratio), torch.split(bench.images(), 64)
-    ),
+    "norms": norms,
     "peer-l1": peer(taylor=False),
     "peer-taylor": peer(taylor=True),
     "distilled-512-400": distilled(calibrated, 512, 400),
@@ -252,7 +250,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
     axes.axhline(results["resnet20/dense"]["top1"], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="MACs that remain (%)", ylabel="top-1 on all test images (%)", title="ResNet-20, 16 groups")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -16,7 +16,7 @@ from torch import fx
 from passes.freezing.joining import append
 
 if TYPE_CHECKING:
-    from passes.kernel.chain import Wires
+    from passes.kernel.program import Wires
 
 
 def chain(graph: fx.GraphModule) -> None:
@@ -78,7 +78,7 @@ def _read_by(run: list[fx.Node]) -> list[fx.Node]:
 
 def _wires(layers: list[fx.Node], steps: list[fx.Node], numbers: dict[fx.Node, int]) -> list[Wires]:
     """What each layer reads, adds and writes."""
-    from passes.kernel.chain import Wires
+    from passes.kernel.program import Wires
 
     into: dict[fx.Node, tuple[int, int]] = {}
     for step in steps:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError
-from passes.kernel import threads
 from passes.kernel.memory import empty
-from passes.kernel.module import PackedConv2d, is_traced, remember
-from passes.kernel.program import Program, Step, bind, execute, program
+from passes.kernel.module import PackedConv2d, Programs, is_traced
+from passes.kernel.program import Program, Wires, execute
 
 _SLICE = 16 * 2**20  # bytes that a slice may touch: what a processor's last cache has room for
 
@@ -27,14 +26,6 @@ def images_at_once(program: Program, inputs: Sequence[Tensor]) -> int:
     outs = sum(math.prod(shape) for shape in program.out_shapes)
     touched = 4 * (program.arena + sum(x.numel() for x in inputs) + outs)
     return max(1, _SLICE * len(inputs[0]) // max(touched, 1))
-
-
-class Wires(NamedTuple):
-    """What a layer of a chain reads, adds and writes: numbers of tensors, as in a `Step`."""
-
-    reads: int
-    adds: int | None = None
-    into: tuple[int, int] | None = None
 
 
 class PackedChain(nn.Module):
@@ -53,7 +44,7 @@ class PackedChain(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.wires, self.outputs = tuple(wires), tuple(outputs)
-        self._programs: dict[Any, Program] = {}
+        self._programs = Programs()
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute the chain: fp32 ``[N, C, H, W]``, margins included; a tuple unless there is one output."""
@@ -77,17 +68,8 @@ class PackedChain(nn.Module):
         return outs
 
     def _program(self, inputs: Sequence[Tensor]) -> Program:
-        shapes, team = [x.shape for x in inputs], threads.available()
-        key = (*shapes, team)
-        found = self._programs.get(key)
-        if found is None:
-            layers: list[Any] = list(self.layers)
-            steps = [
-                Step(layer.form, len(layer.blocks) - 1, *wires) for layer, wires in zip(layers, self.wires, strict=True)
-            ]
-            planned = program(steps, self.outputs, shapes, team)
-            found = remember(self._programs, key, bind(planned, [layer.tables for layer in layers]))
-        return found
+        layers: list[Any] = list(self.layers)
+        return self._programs.find(layers, self.wires, self.outputs, inputs)
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         known = list(inputs)
@@ -101,11 +83,3 @@ class PackedChain(nn.Module):
                 known[number][:, first : first + geometry.out_channels].copy_(y)
             known.append(y)
         return [known[len(inputs) + index] for index in self.outputs]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._programs.clear()  # they hold the addresses of tensors that may move now
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Programs hold addresses of this process."""
-        return {**self.__dict__, "_programs": {}}

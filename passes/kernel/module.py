@@ -15,7 +15,7 @@ from passes.kernel import ops, threads
 from passes.kernel.activations import activation as known_activation
 from passes.kernel.geometry import Geometry
 from passes.kernel.packing import Block, Tables, layer_blocks, pack
-from passes.kernel.program import Program, Step, bind, execute, program
+from passes.kernel.program import Packed, Program, Wires, execute, program
 from passes.kernel.run import NO_PLACEMENT, Form, Placement, plan, prepare
 from passes.kernel.schedule import DEFAULT_TILING, Tiling
 
@@ -27,12 +27,35 @@ def is_traced(x: Tensor) -> bool:
     return type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
-def remember(programs: dict[Any, Program], key: Any, found: Program) -> Program:
-    """Keep a program for the next call with tensors of these shapes."""
-    if len(programs) >= _MOST_PROGRAMS:
-        programs.clear()
-    programs[key] = found
-    return found
+class Programs:
+    """The programs of some layers, by the shapes of their inputs.
+
+    A program is made anew if a layer holds other tensors than it was made for, or has another form. Programs point to
+    memory of this process, so a copy has none.
+    """
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._known: dict[Any, tuple[list[int], Program]] = {}
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[()]]:
+        """Copy and pickle none."""
+        return Programs, ()
+
+    def find(
+        self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int], inputs: Sequence[Tensor]
+    ) -> Program:
+        """The program for `inputs`; see `program` for the other arguments."""
+        shapes, team = [x.shape for x in inputs], threads.available()
+        key = (*shapes, team)
+        made, found = self._known.get(key, (None, None))
+        now = [id(part) for layer in layers for part in (layer.form, *layer._buffers.values())]
+        if found is None or made != now:
+            found = program([Packed(each.form, each.tables) for each in layers], wires, outputs, shapes, team)
+            if len(self._known) >= _MOST_PROGRAMS:
+                self._known.clear()
+            self._known[key] = now, found  # the program keeps all parts, so that no other object gets their ids
+        return found
 
 
 class PackedConv2d(nn.Module):
@@ -50,17 +73,8 @@ class PackedConv2d(nn.Module):
         super().__init__()
         for name, tensor in tables._asdict().items():
             self.register_buffer(name, tensor)
-        self.form = form
-
-    @property
-    def form(self) -> Form:
-        """How the layer is computed; assign another one to change the tiling or the placement."""
-        return self._form
-
-    @form.setter
-    def form(self, form: Form) -> None:
-        self._form = form
-        self._programs: dict[Any, Program] = {}
+        self.form = form  # how the layer is computed; assign another one to change the tiling or the placement
+        self._programs = Programs()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute ``activation(conv(x) + residual)``: fp32 ``[N, C, H, W]``, each with its margins of the form."""
@@ -76,26 +90,13 @@ class PackedConv2d(nn.Module):
         if is_traced(x):
             return ops.conv2d(x, residual, self.tables, self.form, out)
         inputs = (x,) if residual is None else (x, residual)
-        shapes, team = [each.shape for each in inputs], threads.available()
-        key = (*shapes, team)
-        found = self._programs.get(key)
-        if found is None:
-            step = Step(self.form, len(self.blocks) - 1, adds=None if residual is None else 1)
-            found = remember(self._programs, key, bind(program([step], [0], shapes, team), [self.tables]))
+        found = self._programs.find([self], [Wires(adds=None if residual is None else 1)], [0], inputs)
         return execute(found, inputs, None if out is None else (out,))[0]
 
     @property
     def tables(self) -> Tables:
         """The packed layer."""
         return Tables(**self._buffers)  # type: ignore[arg-type]  # registered from just these fields
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._programs.clear()  # they hold the addresses of tensors that may move now
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Programs hold addresses of this process."""
-        return {**self.__dict__, "_programs": {}}
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""

@@ -1,7 +1,7 @@
 """Programs: layers that run one after the other in one call, and where their tensors lie.
 
 Between two layers Python would first have to be fetched into the caches again, which the layers fill: some 20 µs, as
-long as a small layer takes. So steps are planned once for inputs of one shape, as an array of `Call` in which only
+long as a small layer takes. So layers are planned once for inputs of one shape, as an array of `Call` in which only
 addresses are missing. A call copies that array, fills them in, and hands it to the threads.
 
 Results that are read within the program only, copied planes and tiles lie in one block of memory, the *arena*, which is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,23 +32,25 @@ _WORDS = ctypes.sizeof(Call) // 8
 _CALLS, _ARENA, _GIVEN = range(3)  # what addresses start from; of each tensor given, its address and its image stride
 
 
-class Step(NamedTuple):
-    """A layer of a program.
+class Wires(NamedTuple):
+    """Which tensors a layer of a program works on. Their numbers: the inputs come first, then the layers' results.
 
     Attributes:
-        form: how it is computed.
-        pieces: of its blocks.
-        reads: number of the tensor that it reads: the program's inputs come first, then the results of the steps. Of
-            a wider one it reads the first channels.
+        reads: number of the tensor that it reads; of a wider one it reads the first channels.
         adds: number of the residual, or None.
         into: where it writes, if that is within one of the inputs: its number, and the first of the channels.
     """
 
-    form: Form
-    pieces: int
     reads: int = 0
     adds: int | None = None
     into: tuple[int, int] | None = None
+
+
+class Packed(NamedTuple):
+    """A packed layer: how it is computed, and its tables."""
+
+    form: Form
+    tables: Tables
 
 
 class _Link(NamedTuple):
@@ -61,15 +63,15 @@ class _Link(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Steps for inputs of one shape.
+    """Layers for inputs of one shape.
 
     Attributes:
-        calls: int64, an array of `Call`, in which addresses are missing.
+        calls: int64, an array of `Call`, in which the addresses of tensors are missing that belong to a call.
         words, bases, offsets: int64 ``[n]``: which of its words, what they start from, and what is added to that.
         arena: size of the arena, in numbers.
         threads: threads that have something to do.
         out_shapes: shapes of the results that leave the program, margins included.
-        plans: of the steps; they keep alive what the calls point to.
+        kept: plans and packed layers: what the calls point to.
     """
 
     calls: NDArray[np.int64]
@@ -79,47 +81,51 @@ class Program:
     arena: int
     threads: int
     out_shapes: tuple[tuple[int, ...], ...]
-    plans: tuple[Plan, ...]
+    kept: tuple[object, ...]
 
 
-def program(steps: Sequence[Step], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int) -> Program:
-    """Plan steps for inputs of `shapes`, margins included, on `team` threads; `outputs` are the steps to return."""
+def program(
+    layers: Sequence[Packed], wires: Sequence[Wires], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int
+) -> Program:
+    """Plan layers that run one after the other.
+
+    Args:
+        layers: in the order in which they run.
+        wires: of each layer.
+        outputs: the layers whose results leave the program.
+        shapes: of the inputs, margins included.
+        team: number of threads.
+    """
     known, plans = [tuple(shape) for shape in shapes], []
-    wide = {step.into[0] for step in steps if step.into is not None}
-    for step in steps:
-        shape = known[step.reads]
-        if step.reads in wide:
-            shape = (shape[0], step.form.geometry.in_channels, *shape[2:])
-        found = plan(step.form, shape, step.adds is not None, step.pieces, team)
-        if step.adds is not None and known[step.adds] != found.residual_shape:
-            raise InputError(f"the residual must be {list(found.residual_shape or ())}, not {list(known[step.adds])}")
+    wide = {each.into[0] for each in wires if each.into is not None}
+    for (form, tables), (reads, adds, _) in zip(layers, wires, strict=True):
+        _check("weight", tables.weight)
+        shape = known[reads]
+        if reads in wide:
+            shape = (shape[0], form.geometry.in_channels, *shape[2:])
+        found = plan(form, shape, adds is not None, len(tables.blocks) - 1, team)
+        if adds is not None and known[adds] != found.residual_shape:
+            raise InputError(f"the residual must be {list(found.residual_shape or ())}, not {list(known[adds])}")
         plans.append(found)
         known.append(found.out_shape)
     calls = (Call * len(plans))(*(each.template for each in plans))
     used = max(each.schedule.threads for each in plans)
     calls[0].steps, calls[0].wait = len(plans), threads.barrier() if used > 1 else 0
+    for call, (_, tables) in zip(calls, layers, strict=True):
+        for name, tensor in tables._asdict().items():
+            setattr(call, name, tensor.data_ptr())
     given = {number: number for number in range(len(shapes))}
-    given |= {len(shapes) + step: len(shapes) + index for index, step in enumerate(outputs)}
-    links, arena = _placed(steps, plans, calls, given, known)
+    given |= {len(shapes) + layer: len(shapes) + index for index, layer in enumerate(outputs)}
+    links, arena = _placed(wires, plans, calls, given, known)
     words, bases, offsets = np.array(links, dtype=np.int64).T.copy()
-    out_shapes = tuple(plans[step].out_shape for step in outputs)
-    return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, tuple(plans))
-
-
-def bind(program: Program, tables: Sequence[Tables]) -> Program:
-    """Fill in where the packed layers of all steps lie. They must stay there."""
-    calls = program.calls.copy()
-    for step, table in enumerate(tables):
-        _check("weight", table.weight)
-        for name, tensor in table._asdict().items():
-            calls[_word(step, name)] = tensor.data_ptr()
-    return replace(program, calls=calls)
+    out_shapes, kept = tuple(plans[layer].out_shape for layer in outputs), (*plans, *layers)
+    return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, kept)
 
 
 def execute(
     program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None, arena: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Run a program whose layers are bound.
+    """Run a program.
 
     Args:
         program: for inputs of these shapes.
@@ -152,14 +158,14 @@ def execute(
 
 
 def _placed(
-    steps: Sequence[Step], plans: Sequence[Plan], calls: ctypes.Array[Call], given: dict[int, int],
+    wires: Sequence[Wires], plans: Sequence[Plan], calls: ctypes.Array[Call], given: dict[int, int],
     shapes: Sequence[tuple[int, ...]],
 ) -> tuple[list[_Link], int]:  # fmt: skip
     """Give every tensor its place; return what is to be filled in, and the size of the arena."""
     arena = Arena()
     links: list[_Link] = []
-    inputs = len(shapes) - len(steps)
-    last = {number: index for index, step in enumerate(steps) for number in (step.reads, step.adds)}
+    inputs = len(shapes) - len(wires)
+    last = {number: index for index, each in enumerate(wires) for number in (each.reads, each.adds)}
     places: dict[int, int] = {}
 
     def link(index: int, name: str, image: str, number: int, more: int = 0) -> None:
@@ -171,22 +177,22 @@ def _placed(
             links.append(_Link(_word(index, name), _ARENA, 4 * (places[number] + more)))
             setattr(calls[index], image, math.prod(shapes[number][1:]))
 
-    for index, (step, each, call) in enumerate(zip(steps, plans, calls, strict=True)):
+    for index, ((reads, adds, into), each, call) in enumerate(zip(wires, plans, calls, strict=True)):
         result = inputs + index
         links.append(_Link(_word(index, "address"), _CALLS, index * ctypes.sizeof(Call)))
-        into, first = (result, 0) if step.into is None else step.into
-        if into not in given:
-            places[into] = arena.take(math.prod(shapes[into]))
-        link(index, "out", "out_image", into, first * call.out_channel + call.out_top * call.out_row)
-        if step.adds is not None:
-            link(index, "residual", "residual_image", step.adds, each.adds_from)
+        target, first = (result, 0) if into is None else into
+        if target not in given:
+            places[target] = arena.take(math.prod(shapes[target]))
+        link(index, "out", "out_image", target, first * call.out_channel + call.out_top * call.out_row)
+        if adds is not None:
+            link(index, "residual", "residual_image", adds, each.adds_from)
         aside = []
         if each.schedule.copied:
             aside.append(arena.take(each.schedule.copied))
-            link(index, "picture", "picture_image", step.reads, each.reads_from)
+            link(index, "picture", "picture_image", reads, each.reads_from)
             links.extend(_Link(_word(index, name), _ARENA, 4 * aside[-1]) for name in ("planes", "x"))
         else:
-            link(index, "x", "x_image", step.reads)
+            link(index, "x", "x_image", reads)
         if each.schedule.tiles:
             aside.append(arena.take(each.schedule.tiles))
             links.append(_Link(_word(index, "tiles"), _ARENA, 4 * aside[-1]))
@@ -196,10 +202,10 @@ def _placed(
     return links, arena.size
 
 
-def _word(step: int, name: str) -> int:
-    """Which word of the calls a field of a step is."""
+def _word(index: int, name: str) -> int:
+    """Which word of the calls a field of one of them is."""
     offset: int = getattr(Call, name).offset
-    return step * _WORDS + offset // 8
+    return index * _WORDS + offset // 8
 
 
 def _by_image(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from passes import kernel
 from passes.errors import InputError
 from passes.kernel import Block, Form, Geometry, Margins, Placement, Target, Tiling
 from passes.kernel.packing import pack
-from passes.kernel.program import Step, bind, execute, program
+from passes.kernel.program import Packed, Wires, execute, program
 from passes.kernel.run import plan
 
 HOST = kernel.host()
@@ -71,9 +71,8 @@ def reference(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
 def run(layer: Layer, form: Form, x: Tensor, residual: Tensor | None = None, threads: int = 1) -> Tensor:
     tables = pack(layer.blocks, layer.bias, layer.geometry, 8)
     inputs = (x,) if residual is None else (x, residual)
-    step = Step(form, len(tables.blocks) - 1, adds=None if residual is None else 1)
-    planned = program([step], [0], [each.shape for each in inputs], threads)
-    return execute(bind(planned, [tables]), inputs)[0]
+    wires, shapes = Wires(adds=None if residual is None else 1), [each.shape for each in inputs]
+    return execute(program([Packed(form, tables)], [wires], [0], shapes, threads), inputs)[0]
 
 
 def check(layer: Layer, form: Form, x: Tensor, add: bool, threads: int = 1) -> None:
@@ -210,8 +209,7 @@ def test_inputs_kept_between_their_ends(seed: int, channels: int, size: int, ste
     ends[torch.rand(channels, 2, generator=generator) < 0.3] = torch.inf
     ends[:, 0] = torch.where(ends[:, 0].isinf(), -torch.inf, ends[:, 0])
     tables = pack(layer.blocks, layer.bias, layer.geometry, 8, ends)
-    planned = program([Step(Form(layer.geometry), len(tables.blocks) - 1)], [0], [x.shape], 1)
-    (result,) = execute(bind(planned, [tables]), [x])
+    (result,) = execute(program([Packed(Form(layer.geometry), tables)], [Wires()], [0], [x.shape], 1), [x])
     kept = x.double().clamp(ends[:, 0].view(-1, 1, 1).double(), ends[:, 1].view(-1, 1, 1).double())
     expected, terms = reference(layer, kept)
     assert torch.all((result.double() - expected).abs() <= 1.1 * (channels + 8) * ROUNDING * terms + 1e-30)

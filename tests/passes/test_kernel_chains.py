@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.kernel import pack_layer
-from passes.kernel.chain import PackedChain, Wires, images_at_once
+from passes.kernel.chain import PackedChain, images_at_once
 from passes.kernel.memory import Arena
+from passes.kernel.program import Wires
 from passes.kernel.target import supported
 
 pytestmark = pytest.mark.skipif(supported() is not None, reason=str(supported()))
@@ -84,7 +86,7 @@ def test_large_batches_are_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
     chain, _ = random_chain(6, 7)
     x = torch.randn(7, 10, 9, 9)
     whole = tensors(chain(x))
-    (found,) = chain._programs.values()
+    found = chain._program([x])
     assert images_at_once(found, [x]) > 7
     touched = 4 * (found.arena + x.numel() + sum(each.numel() for each in whole))  # by all seven images
     for images in (1, 2, 3):
@@ -134,6 +136,23 @@ def test_traced_copied_pickled_and_moved() -> None:
         assert all(map(torch.equal, tensors(other(x)), expected))
     moved = chain.to(torch.float64).to(torch.float32)  # other memory: no address of before is used
     assert all(map(torch.equal, tensors(moved(x)), expected))
+
+
+def test_layers_that_are_given_other_tensors_or_forms() -> None:
+    wires = [Wires(0), Wires(1), Wires(2, 1)]
+    chain, other = (PackedChain([pack_layer(nn.Conv2d(6, 6, 3, padding=1)) for _ in wires], wires, [2]) for _ in "ab")
+    x = torch.randn(2, 6, 7, 7)
+    before, expected = chain(x), other(x)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(chain, state, (x,)), expected)
+    assert torch.equal(chain(x), before)
+    chain.load_state_dict(state, assign=True)
+    del state
+    assert torch.equal(chain(x), expected)
+    for layer in (*chain.layers, *other.layers):
+        layer.form = replace(layer.form, activation="relu")
+    assert torch.equal(chain(x), other(x))
+    assert not torch.equal(chain(x), expected)
 
 
 def test_threads_and_a_forked_child() -> None:

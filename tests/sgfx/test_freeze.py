@@ -18,8 +18,9 @@ from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
 from passes.freezing.placing import beside_rows
 from passes.kernel import Margins, PackedConv2d, supported
-from passes.kernel.chain import PackedChain, Wires
+from passes.kernel.chain import PackedChain
 from passes.kernel.geometry import Geometry
+from passes.kernel.program import Wires
 from passes.kernel.schedule import Job, Tiling, schedule
 
 needs_kernel = pytest.mark.skipif(supported() is not None, reason="the kernel does not run here")

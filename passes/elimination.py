@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from passes.channels import Channels
 from passes.cut import Cut, apply_cuts
+from passes.errors import PassError
 from passes.facts import Regions
 from passes.layers.surgery import replace_module
 from passes.regions import find_regions
@@ -46,29 +47,32 @@ class Elimination(Pass):
     requires = ("regions", "channels")
 
     def run(self, unit: Unit) -> bool:
-        """Cut the model by its channel analysis."""
+        """Cut the model by its channel analysis, or leave it whole, with a reason."""
         cuts, model, settings = cuts_of(unit.channels), unit.model, unit.settings
+        if not cuts:
+            return False
         whole = {path: model.get_submodule(path) for path in cuts}
         apply_cuts(model, cuts)
-        self._after = find_regions(model, settings.example_inputs, settings.leaf_modules)
-        if _programs(self._after) == _programs(unit.regions):
-            return bool(cuts)
+        after = find_regions(model, settings.example_inputs, settings.leaf_modules)
+        if _programs(after) == _programs(unit.regions):
+            _check_shapes(unit.regions, after)
+            return True
         for path, module in whole.items():
             replace_module(model, path, module)
-        self._after = find_regions(model, settings.example_inputs, settings.leaf_modules)
+            unit.channels.reasons[path] = "the model's own code computes with a layer's number of channels"
         return False
 
-    def check(self, unit: Unit) -> str | None:
-        """What the smaller model gives has the shapes that it had."""
-        for old, new in zip(unit.regions.parts, self._after.parts, strict=True):
-            for mode, graph in old.graphs.items():
-                nodes = list(graph.graph.nodes)
-                if "val" in nodes[-1].meta:
-                    inputs = (node.meta["val"] for node in nodes if node.op == "placeholder")
-                    propagate_shapes(new.graphs[mode], pytree.tree_map(without_storage, tuple(inputs)))
-                    if _shapes(graph) != _shapes(new.graphs[mode]):
-                        return f"region {old.path!r} gives other shapes in {mode} mode than before"
-        return None
+
+def _check_shapes(before: Regions, after: Regions) -> None:
+    """What the smaller model gives has the shapes that it had."""
+    for old, new in zip(before.parts, after.parts, strict=True):
+        for mode, graph in old.graphs.items():
+            nodes = list(graph.graph.nodes)
+            if "val" in nodes[-1].meta:
+                inputs = (node.meta["val"] for node in nodes if node.op == "placeholder")
+                propagate_shapes(new.graphs[mode], pytree.tree_map(without_storage, tuple(inputs)))
+                if _shapes(graph) != _shapes(new.graphs[mode]):
+                    raise PassError(f"region {old.path!r} gives other shapes in {mode} mode than before")
 
 
 def _programs(regions: Regions) -> list[object]:

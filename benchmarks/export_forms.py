@@ -1,23 +1,24 @@
 """The two forms of an exported model in ONNX Runtime, batch 1, 224²: blocks against dense, interleaved; and file sizes.
 
 ``python -m benchmarks.export_forms``. The faster form is the default of `sgfx.export`. The uncompressed network runs
-along, to show what the file of each form is worth.
+along, to show what the file of each form is worth. The second of two calls counts: threads of the session before still
+spin during the first.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnxruntime
 import torch
 from torchvision.models import densenet121
 
 import models_zoo
 import sgfx
+from benchmarks.latency_forms import second_call
 from benchmarks.machine import describe_machine
 
 CASES = {"ResNet-50": lambda: models_zoo.create("resnet50"), "DenseNet-121": densenet121}
@@ -47,11 +48,12 @@ def compare(name: str, original: torch.nn.Module, small: torch.nn.Module, folder
         form: onnxruntime.InferenceSession(each.path, providers=["CPUExecutionProvider"])
         for form, each in written.items()
     }
+    feeds = {form: {session.get_inputs()[0].name: image.numpy()} for form, session in sessions.items()}
     seconds: dict[str, list[float]] = {form: [] for form in sessions}
     for index in range(ROUNDS + 3):
         order = list(sessions)
         for form in order if index % 2 else reversed(order):  # a drift of the machine's speed favours none
-            taken = run(sessions[form], image.numpy())
+            taken = second_call(partial(sessions[form].run, None, feeds[form]))
             if index >= 3:
                 seconds[form].append(taken)
     for form, each in written.items():
@@ -63,13 +65,6 @@ def compare(name: str, original: torch.nn.Module, small: torch.nn.Module, folder
             f"largest difference {each.max_difference:.1e} of {each.max_output:.1e}",
             flush=True,
         )
-
-
-def run(session: onnxruntime.InferenceSession, image: np.ndarray) -> float:
-    """One inference; its seconds."""
-    start = time.perf_counter()
-    session.run(None, {session.get_inputs()[0].name: image})
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sgfx.counting import count_macs
 def pruned_channels(
     model: nn.Module, share: float, inputs: Tensor, labels: Tensor | None = None
 ) -> tuple[nn.Module, float]:
-    """Prune the inner channels of a ResNet's blocks until `share` of the MACs is left.
+    """Prune the inner channels of a ResNet's blocks until `share` of the MACs is left, or just more than that.
 
     Others can't be pruned: it fails on the option A shortcuts.
 
@@ -31,12 +31,16 @@ def pruned_channels(
     """
     low, high = 0.0, 0.98
     dense = count_macs(model, (inputs[:1],))[""]
+    least, remaining = copy.deepcopy(model), 1.0
     for _ in range(7):
         ratio = (low + high) / 2
         small = _pruned(model, ratio, inputs, labels)
         left = count_macs(small, (inputs[:1],))[""] / dense
-        low, high = (ratio, high) if left > share else (low, ratio)
-    return small, left
+        if left < share:
+            high = ratio
+        else:
+            low, least, remaining = ratio, small, left
+    return least, remaining
 
 
 def pruned_everywhere(model: nn.Module, share: float, inputs: Tensor) -> tuple[nn.Module, float]:

@@ -31,7 +31,7 @@ def error_curve(layer: Any, sample: Sample, groups: Groups) -> Curve:
     """The error that is left of a layer at each ratio of `GRID`, re-solved: 0 for none, 1 where nothing is explained.
 
     Args:
-        layer: the grouped layer with nothing pruned.
+        layer: the layer as a grouped one with nothing pruned.
         sample: what it reads and should yield.
         groups: its labels and centroids.
     """

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 
 from passes.budgeting import Curve, allocate, error_curve
 from passes.calibration import sample_at, surroundings_at
@@ -97,10 +98,10 @@ def _costs(unit: Unit, measure: str, batches: list[Any]) -> tuple[float, dict[st
 
 
 def _curves(unit: Unit, batches: list[Any]) -> dict[str, Curve]:
-    """The error curve of each target, on the walk of the dense model beside a regrouped one with nothing pruned."""
+    """The error curve of each target, on the walk of the dense model beside itself."""
     dense = shadow(unit.model).eval()
     whole = copy.deepcopy(dense)
-    lower(whole, {path: _nothing_pruned(unit, path) for path in unit.targets})
+    lower(whole, {path: _whole(unit.model.get_submodule(path)) for path in unit.targets})
     curves: dict[str, Curve] = {}
     with preserved_random_state(), torch.no_grad():
         for path, theirs, mine, pairs in walkable_regions(dense, whole, batches, unit.settings.leaf_modules):
@@ -112,7 +113,8 @@ def _curves(unit: Unit, batches: list[Any]) -> dict[str, Curve]:
     return curves
 
 
-def _nothing_pruned(unit: Unit, path: str) -> LayerPlan:
-    found = unit.grouping[path]
-    keep = torch.ones(found.centroids.shape, dtype=torch.bool)
-    return LayerPlan.of(unit.model.get_submodule(path), labels=found.labels, keep=keep, requested_ratio=0.0)
+def _whole(layer: nn.Module) -> LayerPlan:
+    """The plan of a layer as one group that reads all inputs: as fast as the dense layer, and a stop of the walk."""
+    out_channels, in_channels = layer.get_parameter("weight").shape[:2]
+    labels, keep = torch.zeros(out_channels, dtype=torch.long), torch.ones(1, in_channels, dtype=torch.bool)
+    return LayerPlan.of(layer, labels=labels, keep=keep, requested_ratio=0.0)

@@ -12,8 +12,9 @@ import ctypes
 
 _INTEGERS = (
     # Progress, shared by the threads; `address` is the structure's own. Of the first layer: how many `steps` there are,
-    # and the function in which threads `wait` for each other (0 if there is but one).
-    *("address", "next_copy", "next_task", "next_slot", "steps", "wait"),
+    # and the function in which threads `wait` for each other (0 if there is but one). If `alone` is not 0, it is the
+    # number of images that each belong to one thread; every thread has an array of its own then.
+    *("address", "next_copy", "next_task", "next_slot", "next_image", "steps", "wait", "alone"),
     # Work: images × strips of pixels × chunks of blocks.
     *("tasks", "images", "strips", "chunks", "lanes", "kernels", "prefetch"),
     # What is read: input rows of `pixels` pixels; the layer's tables (see packing.py).

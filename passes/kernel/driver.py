@@ -3,6 +3,9 @@
 Every thread of a call runs the same function on the same array of `Call`, a layer each, and takes tasks off a shared
 counter until none is left, so a thread that is held up holds up nobody, and one thread alone does all the work. Between
 two layers, and between copying planes and computing with them, the threads wait for each other.
+
+Or each thread has an array of its own and takes images, which it computes from the first layer to the last: nobody
+waits, and what a layer has written is in the caches of the core that reads it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numba.extending import intrinsic
 
 from passes.kernel.emission import ARGUMENTS, SIGNATURE
 from passes.kernel.jit import (
+    NEXT_IMAGE,
     NEXT_SLOT,
     NEXT_TASK,
     call_function,
@@ -32,7 +36,7 @@ from passes.kernel.jit import (
 )
 from passes.kernel.library import TABLE_WIDTH
 from passes.kernel.packing import BLOCK_FIELDS
-from passes.kernel.planes import copy_planes
+from passes.kernel.planes import copy_image, copy_planes
 
 _FILTERS, _INPUTS, _FIRST_INPUT, _FIRST_FILTER, _FIRST_WEIGHT, _WORK_BEFORE = range(BLOCK_FIELDS)
 _TILE_FILTERS = 8
@@ -215,11 +219,28 @@ def _multiply(call: Any, slot: int) -> None:
         task = take(call.address + NEXT_TASK)
 
 
+@jit
+def _run_image(calls: Any, start: int, steps: int, image: int) -> None:
+    """Compute all layers of one image, the calls being those from number `start` on."""
+    for step in range(start, start + steps):
+        call = numba.carray(calls, start + steps)[step]
+        if call.planes != 0:
+            copy_image(call, image)
+        for task in range(image * call.tasks, (image + 1) * call.tasks):
+            _multiply_task(call, task, call.tiles)
+
+
 @entry
 def run_steps(calls: Any) -> None:
     """Compute the layers one after the other; what one has written, the next may read."""
     first = numba.carray(calls, 1)[0]
-    steps, wait, slot = first.steps, first.wait, take(first.address + NEXT_SLOT)
+    steps, wait, alone, slot = first.steps, first.wait, first.alone, take(first.address + NEXT_SLOT)
+    if alone != 0:
+        image = take(first.address + NEXT_IMAGE)
+        while image < alone:
+            _run_image(calls, slot * steps, steps, image)
+            image = take(first.address + NEXT_IMAGE)
+        return
     for step in range(steps):
         call = numba.carray(calls, steps)[step]
         if call.planes != 0:

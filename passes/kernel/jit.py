@@ -19,7 +19,8 @@ from passes.kernel import cache
 from passes.kernel.call import Call
 
 _RECORD = types.CPointer(numba.from_dtype(np.dtype(Call)))
-NEXT_COPY, NEXT_TASK, NEXT_SLOT = Call.next_copy.offset, Call.next_task.offset, Call.next_slot.offset
+NEXT_COPY, NEXT_TASK = Call.next_copy.offset, Call.next_task.offset
+NEXT_SLOT, NEXT_IMAGE = Call.next_slot.offset, Call.next_image.offset
 
 
 def jit(function: Any) -> Any:

@@ -58,11 +58,14 @@ class Arena:
         for other in sorted(self._taken):
             if start + count <= other:
                 break
-            start = -(-self._taken[other] // self._GRAIN) * self._GRAIN
+            start = self._rounded(self._taken[other])
         self._taken[start] = start + count
-        self.size = max(self.size, start + count)
+        self.size = max(self.size, self._rounded(start + count))
         return start
 
     def give(self, start: int) -> None:
         """Give back what was taken at `start`."""
         del self._taken[start]
+
+    def _rounded(self, end: int) -> int:
+        return -(-end // self._GRAIN) * self._GRAIN

@@ -15,7 +15,7 @@ from passes.kernel import ops, threads
 from passes.kernel.activations import activation as known_activation
 from passes.kernel.geometry import Geometry
 from passes.kernel.packing import Block, Tables, layer_blocks, pack
-from passes.kernel.program import Packed, Program, Wires, execute, program
+from passes.kernel.program import Packed, Program, Wires, program, share_out
 from passes.kernel.run import NO_PLACEMENT, Form, Placement, plan, prepare
 from passes.kernel.schedule import DEFAULT_TILING, Tiling
 
@@ -42,20 +42,24 @@ class Programs:
         """Copy and pickle none."""
         return Programs, ()
 
-    def find(
-        self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int], inputs: Sequence[Tensor]
-    ) -> Program:
-        """The program for `inputs`; see `program` for the other arguments."""
-        shapes, team = [x.shape for x in inputs], threads.available()
-        key = (*shapes, team)
-        made, found = self._known.get(key, (None, None))
+    def run(
+        self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int],
+        inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None,
+    ) -> Sequence[Tensor]:  # fmt: skip
+        """Run the layers; see `program` and `share_out` for the arguments."""
         now = [id(part) for layer in layers for part in (layer.form, *layer._buffers.values())]
-        if found is None or made != now:
-            found = program([Packed(each.form, each.tables) for each in layers], wires, outputs, shapes, team)
-            if len(self._known) >= _MOST_PROGRAMS:
-                self._known.clear()
-            self._known[key] = now, found  # the program keeps all parts, so that no other object gets their ids
-        return found
+
+        def find(shapes: Sequence[Sequence[int]], team: int) -> Program:
+            key = (*map(tuple, shapes), team)
+            made, found = self._known.get(key, (None, None))
+            if found is None or made != now:
+                found = program([Packed(each.form, each.tables) for each in layers], wires, outputs, shapes, team)
+                if len(self._known) >= _MOST_PROGRAMS:
+                    self._known.clear()
+                self._known[key] = now, found  # the program keeps all parts, so that no other object gets their ids
+            return found
+
+        return share_out(find, inputs, outs)
 
 
 class PackedConv2d(nn.Module):
@@ -90,8 +94,8 @@ class PackedConv2d(nn.Module):
         if is_traced(x):
             return ops.conv2d(x, residual, self.tables, self.form, out)
         inputs = (x,) if residual is None else (x, residual)
-        found = self._programs.find([self], [Wires(adds=None if residual is None else 1)], [0], inputs)
-        return execute(found, inputs, None if out is None else (out,))[0]
+        wires = Wires(adds=None if residual is None else 1)
+        return self._programs.run([self], [wires], [0], inputs, None if out is None else (out,))[0]
 
     @property
     def tables(self) -> Tables:

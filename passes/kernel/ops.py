@@ -7,13 +7,14 @@ kernel) is all that tracing asks for.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from passes.kernel import threads
 from passes.kernel.geometry import Geometry, Margins
 from passes.kernel.packing import Tables
-from passes.kernel.program import Packed, Wires, execute, program
+from passes.kernel.program import Packed, Wires, program, share_out
 from passes.kernel.run import Form, Placement, output_shape
 from passes.kernel.schedule import Tiling
 
@@ -76,9 +77,8 @@ def _conv2d_out(
 
 def _execute(x: Tensor, residual: Tensor | None, tables: Tables, form: Form, outs: tuple[Tensor] | None) -> Tensor:
     inputs = (x,) if residual is None else (x, residual)
-    wires, shapes = Wires(adds=None if residual is None else 1), [each.shape for each in inputs]
-    found = program([Packed(form, tables)], [wires], [0], shapes, threads.available())
-    return execute(found, inputs, outs)[0]
+    wires = Wires(adds=None if residual is None else 1)
+    return share_out(partial(program, [Packed(form, tables)], [wires], [0]), inputs, outs)[0]
 
 
 @torch.library.register_fake("sgfx::conv2d_out", lib=_library)  # type: ignore[untyped-decorator]

@@ -43,9 +43,17 @@ def _copy_channels(call: Any, task: int) -> None:
 
 @jit
 def copy_planes(call: Any) -> None:
-    """Copy the channels of an image into padded planes, split into the phases of the stride, some at a time."""
+    """Copy the channels of all images into padded planes, split into the phases of the stride, some at a time."""
     tasks = call.images * ((call.channels + call.copied_at_once - 1) // call.copied_at_once)
     task = take(call.address + NEXT_COPY)
     while task < tasks:
         _copy_channels(call, task)
         task = take(call.address + NEXT_COPY)
+
+
+@jit
+def copy_image(call: Any, image: int) -> None:
+    """Copy the channels of one image."""
+    parts = (call.channels + call.copied_at_once - 1) // call.copied_at_once
+    for task in range(image * parts, (image + 1) * parts):
+        _copy_channels(call, task)

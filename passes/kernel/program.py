@@ -6,13 +6,17 @@ addresses are missing. A call copies that array, fills them in, and hands it to 
 
 Results that are read within the program only, copied planes and tiles lie in one block of memory, the *arena*, which is
 allocated for each call. What is not needed at the same time shares its place there.
+
+A batch is shared out image by image: each thread takes one, and computes it with the program for a single image and an
+arena of its own. No thread waits for another after each layer, and what a layer has written is still in the caches when
+the next one reads it. Images that are left over when each thread has had as many are computed by all threads together.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +32,7 @@ from passes.kernel.memory import Arena, empty
 from passes.kernel.packing import Tables
 from passes.kernel.run import Form, Plan, compiled, plan
 
-_WORDS = ctypes.sizeof(Call) // 8
+_WORDS, _ALONE = ctypes.sizeof(Call) // 8, Call.alone.offset // 8
 _CALLS, _ARENA, _GIVEN = range(3)  # what addresses start from; of each tensor given, its address and its image stride
 
 
@@ -71,6 +75,7 @@ class Program:
         arena: size of the arena, in numbers.
         threads: threads that have something to do.
         out_shapes: shapes of the results that leave the program, margins included.
+        folded: whether some layer puts the pictures of the batch one after the other.
         kept: plans and packed layers: what the calls point to.
     """
 
@@ -81,6 +86,7 @@ class Program:
     arena: int
     threads: int
     out_shapes: tuple[tuple[int, ...], ...]
+    folded: bool
     kept: tuple[object, ...]
 
 
@@ -119,42 +125,72 @@ def program(
     links, arena = _placed(wires, plans, calls, given, known)
     words, bases, offsets = np.array(links, dtype=np.int64).T.copy()
     out_shapes, kept = tuple(plans[layer].out_shape for layer in outputs), (*plans, *layers)
-    return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, kept)
+    folded = any(each.schedule.folded for each in plans)
+    return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, folded, kept)
 
 
 def execute(
-    program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None, arena: Tensor | None = None
+    program: Program, inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None, alone: int = 0, workers: int = 1
 ) -> Sequence[Tensor]:
     """Run a program.
 
     Args:
-        program: for inputs of these shapes.
+        program: for inputs of these shapes, or, with `alone`, for a single image.
         inputs: fp32 ``[N, C, H, W]`` on the CPU, margins included; copied unless each image is contiguous.
         outs: where to write, or None for new tensors. Each image must be contiguous, so a range of the channels of a
             wider tensor will do.
-        arena: fp32 memory to use, or None for some of its own.
+        alone: 0, or the number of images, each of which a thread computes alone.
+        workers: threads among which they are shared out.
 
     Returns:
         The results that leave the program, margins included: `outs` if those were given.
     """
+    shapes = [(alone or shape[0], *shape[1:]) for shape in program.out_shapes]
     if outs is None:
-        outs = [empty(shape) for shape in program.out_shapes]
-    else:
-        _check_outs(program, outs)
+        outs = [empty(shape) for shape in shapes]
+    for out, shape in zip(outs, shapes, strict=True):
+        _check_out(out, shape)
     for tensor in inputs:
         _check("input", tensor)
     if any(tensor.numel() == 0 for tensor in (*inputs, *outs)):
         return outs
     given = (*map(_by_image, inputs), *outs)
-    arena = empty((program.arena,)) if arena is None else arena
-    calls = program.calls.copy()
+    arena = empty((workers * program.arena,))
+    calls = np.tile(program.calls, (workers, 1))
+    calls[0, _ALONE] = alone
     address: int = calls.ctypes.data
-    bases = [address, arena.data_ptr()]
-    for tensor in given:
-        bases += (tensor.data_ptr(), tensor.stride(0))
-    calls[program.words] = np.array(bases)[program.bases] + program.offsets
-    threads.run(*compiled(), address, program.threads)
+    bases = np.empty((workers, _GIVEN + 2 * len(given)), np.int64)
+    bases[:, _CALLS] = address + calls.strides[0] * np.arange(workers)
+    bases[:, _ARENA] = arena.data_ptr() + 4 * program.arena * np.arange(workers)
+    bases[:, _GIVEN:] = [number for tensor in given for number in (tensor.data_ptr(), tensor.stride(0))]
+    calls[:, program.words] = bases[:, program.bases] + program.offsets
+    threads.run(*compiled(), address, workers if alone else program.threads)
     return outs
+
+
+def share_out(
+    find: Callable[[Sequence[Sequence[int]], int], Program],
+    inputs: Sequence[Tensor],
+    outs: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
+    """Run layers for a batch: every thread as many images, the rest together.
+
+    Args:
+        find: gives the program for inputs of some shapes on some number of threads.
+        inputs: see `execute`.
+        outs: see `execute`.
+    """
+    images, team = len(inputs[0]), threads.available()
+    even = images - images % team
+    if images > 1 and even and all(len(x) == images for x in inputs):  # layers of another batch may be among them
+        single = find([(1, *x.shape[1:]) for x in inputs], 1)
+        if not single.folded:
+            results = [empty((images, *shape[1:])) for shape in single.out_shapes] if outs is None else outs
+            execute(single, [x[:even] for x in inputs], [out[:even] for out in results], even, min(team, even))
+            if even < images:
+                share_out(find, [x[even:] for x in inputs], [out[even:] for out in results])
+            return results
+    return execute(find([x.shape for x in inputs], team), inputs, outs)
 
 
 def _placed(
@@ -175,7 +211,7 @@ def _placed(
             links.extend((_Link(_word(index, name), base, 4 * more), _Link(_word(index, image), base + 1)))
         else:
             links.append(_Link(_word(index, name), _ARENA, 4 * (places[number] + more)))
-            setattr(calls[index], image, math.prod(shapes[number][1:]))
+            setattr(calls[index], image, math.prod(shapes[number][1:]) if shapes[number][0] > 1 else 0)
 
     for index, ((reads, adds, into), each, call) in enumerate(zip(wires, plans, calls, strict=True)):
         result = inputs + index
@@ -218,9 +254,8 @@ def _check(name: str, tensor: Tensor) -> None:
         raise InputError(f"the kernel computes fp32 on the CPU; the {name} is {tensor.dtype} on {tensor.device}")
 
 
-def _check_outs(program: Program, outs: Sequence[Tensor]) -> None:
-    for out, shape in zip(outs, program.out_shapes, strict=True):
-        _check("out", out)
-        if out.shape != shape or (out.numel() and not out[0].is_contiguous()):
-            found = f"{list(out.shape)} with strides {out.stride()}"
-            raise InputError(f"out must be {list(shape)} with contiguous images, not {found}")
+def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    _check("out", out)
+    if out.shape != shape or (out.numel() and not out[0].is_contiguous()):
+        found = f"{list(out.shape)} with strides {out.stride()}"
+        raise InputError(f"out must be {list(shape)} with contiguous images, not {found}")

@@ -104,7 +104,7 @@ def plan(form: Form, shape: tuple[int, ...], has_residual: bool, pieces: int, te
     """Plan the calls of a form for inputs of `shape`, with `pieces` pieces of blocks, on `team` threads."""
     geometry, placement = form.geometry, form.placement
     if len(shape) != 4 or shape[1] != geometry.in_channels:
-        raise InputError(f"the layer reads [N, {geometry.in_channels}, H, W], not {list(shape)}")
+        raise InputError(f"the layer reads [N, {geometry.in_channels}, H, W], not [N, {str(list(shape[1:]))[1:]}")
     target = prepare(form.target)
     height, width = placement.reads.picture_size(shape)
     adds = placement.adds if has_residual else None

@@ -69,6 +69,7 @@ class Schedule:
         copied: size of the buffer of copied planes in numbers; 0 if the input is read in place.
         tiles: size of the tiles of all threads in numbers; 0 if results are stored directly.
         threads: threads that have something to do.
+        folded: whether pictures are put one after the other.
         template: the call, without addresses.
     """
 
@@ -76,6 +77,7 @@ class Schedule:
     copied: int
     tiles: int
     threads: int
+    folded: bool
     template: Call
     _tables: tuple[object, ...]  # taps and phases: the template holds their addresses
 
@@ -115,7 +117,7 @@ def schedule(job: Job) -> Schedule:
         call.pixels = max((job.images - 1) * plane + pixels, lanes)
         call.rows = job.images * rows
         call.x_channel = len(source.phases) * job.images * plane
-    else:
+    elif job.images > 1:  # the planes of one image serve every other that is computed after it
         call.x_image = geometry.in_channels * call.x_channel
     _output(call, job, rows, columns, folded)
     copied, call.channels = 0, geometry.in_channels
@@ -129,7 +131,7 @@ def schedule(job: Job) -> Schedule:
     phases = (ctypes.c_int64 * (2 * len(source.phases)))(*(each for phase in source.phases for each in phase))
     call.taps, call.phases = ctypes.addressof(taps), ctypes.addressof(phases)
     tiles = 2 * 8 * call.tile_row * job.threads if call.staged else 0
-    return Schedule((rows, columns), copied, tiles, threads, call, (taps, phases))
+    return Schedule((rows, columns), copied, tiles, threads, folded, call, (taps, phases))
 
 
 def _in_place(job: Job, columns: int) -> _Source | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from passes import kernel
 from passes.errors import InputError
 from passes.kernel import Block, Form, Geometry, Margins, Placement, Target, Tiling
 from passes.kernel.packing import pack
-from passes.kernel.program import Packed, Wires, execute, program
+from passes.kernel.program import Packed, Wires, execute, program, share_out
 from passes.kernel.run import plan
 
 HOST = kernel.host()
@@ -72,7 +73,15 @@ def run(layer: Layer, form: Form, x: Tensor, residual: Tensor | None = None, thr
     tables = pack(layer.blocks, layer.bias, layer.geometry, 8)
     inputs = (x,) if residual is None else (x, residual)
     wires, shapes = Wires(adds=None if residual is None else 1), [each.shape for each in inputs]
-    return execute(program([Packed(form, tables)], [wires], [0], shapes, threads), inputs)[0]
+    together = execute(program([Packed(form, tables)], [wires], [0], shapes, threads), inputs)[0]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        shared_out = share_out(partial(program, [Packed(form, tables)], [wires], [0]), inputs)[0]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.nan_to_num(together), torch.nan_to_num(shared_out))
+    return shared_out
 
 
 def check(layer: Layer, form: Form, x: Tensor, add: bool, threads: int = 1) -> None:
@@ -238,7 +247,7 @@ def test_a_plan_reads_in_place_where_the_margins_hold_the_padding() -> None:
 def test_refusals() -> None:
     layer = random_layer(1, Geometry(4, 3), most_groups=2)
     form = Form(layer.geometry)
-    with pytest.raises(InputError, match=r"reads \[N, 3, H, W\], not \[1, 5, 4, 4\]"):
+    with pytest.raises(InputError, match=r"reads \[N, 3, H, W\], not \[N, 5, 4, 4\]"):
         run(layer, form, torch.zeros(1, 5, 4, 4))
     with pytest.raises(InputError, match=r"fp32 on the CPU; the input is torch.float64"):
         run(layer, form, torch.zeros(1, 3, 4, 4, dtype=torch.float64))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.kernel import pack_layer
-from passes.kernel.chain import PackedChain, images_at_once
+from passes.kernel.chain import PackedChain
 from passes.kernel.memory import Arena
 from passes.kernel.program import Wires
 from passes.kernel.target import supported
@@ -82,21 +82,23 @@ def test_layers_write_into_a_tensor_that_grows() -> None:
         torch.testing.assert_close(joined, expected)
 
 
-def test_large_batches_are_run_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("team", [1, 2, 3])
+def test_images_are_shared_out_and_what_is_left_over_is_computed_together(team: int) -> None:
     chain, _ = random_chain(6, 7)
-    x = torch.randn(7, 10, 9, 9)
-    whole = tensors(chain(x))
-    found = chain._program([x])
-    assert images_at_once(found, [x]) > 7
-    touched = 4 * (found.arena + x.numel() + sum(each.numel() for each in whole))  # by all seven images
-    for images in (1, 2, 3):
-        monkeypatch.setattr("passes.kernel.chain._SLICE", touched * images // 7 + 4)
-        assert images_at_once(found, [x]) == images
-        assert all(map(torch.equal, tensors(chain(x)), whole))
+    x, before = torch.randn(7, 10, 9, 9), torch.get_num_threads()
+    try:
+        torch.set_num_threads(team)
+        whole = tensors(chain(x))
+        single = [tensors(chain(image)) for image in x.split(1)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, whole, map(torch.cat, zip(*single, strict=True))))
+    left = 7 % team
+    expected = [(1, 1)] + [(1, team)] * (team > 1) + [(left, team)] * (left > 1)
+    assert sorted((shape[0], threads) for shape, threads in chain._programs._known) == sorted(expected)
 
 
-def test_layers_of_batches_of_different_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.kernel.chain._SLICE", 4)
+def test_layers_of_batches_of_different_sizes() -> None:
     convs = [nn.Conv2d(10, 10, 1).requires_grad_(False) for _ in range(2)]
     chain = PackedChain([pack_layer(conv) for conv in convs], [Wires(0), Wires(1)], [0, 1])
     batches = torch.randn(2, 10, 5, 5), torch.randn(7, 10, 5, 5)
@@ -179,7 +181,7 @@ def test_threads_and_a_forked_child() -> None:
 
 def test_refusals() -> None:
     chain, _ = random_chain(5, 3)
-    with pytest.raises(InputError, match=r"reads \[N, 10, H, W\], not \[1, 9, 6, 6\]"):
+    with pytest.raises(InputError, match=r"reads \[N, 10, H, W\], not \[N, 9, 6, 6\]"):
         chain(torch.zeros(1, 9, 6, 6))
     with pytest.raises(InputError, match=r"the input is torch.float64"):
         chain(torch.zeros(1, 10, 6, 6, dtype=torch.float64))

@@ -28,6 +28,7 @@ from sgfx.counting import count_macs
 
 THREADS = 2
 SIZE_OF_PRODUCT = 1024
+PAUSE = 0.1  # seconds, after which idle threads no longer spin
 Run = Callable[[], object]
 
 
@@ -196,8 +197,8 @@ def frozen(model: nn.Module, images: Tensor) -> Run:
 def time_forms(name: str, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Time every form of a network, one after the other in every round, and the matrix product among them.
 
-    Each is called twice, and the second call counts: what the other forms left in the caches, and threads of theirs
-    that still spin, are gone by then.
+    Each is called twice, and the second call counts: what the other forms left in the caches is gone by then. Threads
+    of theirs that still spin (ONNX Runtime's do, on a core that the next form needs) are waited for.
 
     Args:
         name: of the network.
@@ -232,7 +233,8 @@ def time_forms(name: str, batch: int, rounds: int, seconds: float) -> dict[str, 
 
 
 def second_call(run: Run) -> float:
-    """Seconds of the second of two calls."""
+    """Seconds of the second of two calls, after a pause."""
+    time.sleep(PAUSE)
     run()
     start = time.perf_counter()
     run()

@@ -174,6 +174,20 @@ METHODS: dict[str, Method] = {
     **{f"calibrated-{name}": by_criterion(name, calibrated=True) for name in CRITERIA},
 }
 
+CURVES = {  # what is drawn, and its name there
+    "budget-distilled-4096-1600": "budget, distilled (4,096 images, 1,600 steps)",
+    "distilled-4096-1600": "uniform ratios, distilled (4,096 images, 1,600 steps)",
+    "budget-distilled-512-1200": "budget, distilled (512 images, 1,200 steps)",
+    "distilled-512-1200": "uniform ratios, distilled (512 images, 1,200 steps)",
+    "budget": "budget, calibrated",
+    "calibrated": "uniform ratios, calibrated",
+    "norms": "uniform ratios, norms re-estimated",
+    "pruned": "uniform ratios, nothing else",
+    "peer-l1-distilled-512-400": "Torch-Pruning (L1), distilled (512 images, 400 steps)",
+    "peer-taylor": "Torch-Pruning (Taylor), norms re-estimated",
+    "peer-l1": "Torch-Pruning (L1), norms re-estimated",
+}
+
 
 def rows() -> Iterator[tuple[str, str, int, float]]:
     """Key, network, groups and ratio of every row, those that must be reached first."""
@@ -243,15 +257,16 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for method in METHODS:
+    figure, axes = pyplot.subplots(figsize=(10, 5))
+    for index, (method, label) in enumerate(CURVES.items()):
         keys = [key for key in results if key.startswith("resnet20/16/") and key.endswith(f"/{method}")]
         points = sorted((100 * results[key]["macs"], results[key]["top1"]) for key in keys)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+            style = "--" if method.startswith("peer") else "-"
+            axes.plot(*zip(*points, strict=True), style, marker="os^D"[index % 4], markersize=5, label=label)
     axes.axhline(results["resnet20/dense"]["top1"], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="MACs that remain (%)", ylabel="top-1 on all test images (%)", title="ResNet-20, 16 groups")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -145,25 +145,27 @@ def execute(
     Returns:
         The results that leave the program, margins included: `outs` if those were given.
     """
-    shapes = [(alone or shape[0], *shape[1:]) for shape in program.out_shapes]
     if outs is None:
-        outs = [empty(shape) for shape in shapes]
-    for out, shape in zip(outs, shapes, strict=True):
-        _check_out(out, shape)
+        outs = [empty((alone or shape[0], *shape[1:])) for shape in program.out_shapes]
+    else:
+        for out, shape in zip(outs, program.out_shapes, strict=True):
+            _check_out(out, (alone or shape[0], *shape[1:]))
+    numbers: list[int] = []
     for tensor in inputs:
         _check("input", tensor)
-    if any(tensor.numel() == 0 for tensor in (*inputs, *outs)):
-        return outs
     given = (*map(_by_image, inputs), *outs)
+    for tensor in given:
+        if tensor.numel() == 0:
+            return outs
+        numbers += (tensor.data_ptr(), tensor.stride(0))
     arena = empty((workers * program.arena,))
-    calls = np.tile(program.calls, (workers, 1))
+    calls = np.empty((workers, len(program.calls)), np.int64)
+    address, memory = calls.ctypes.data, arena.data_ptr()
+    for worker, own in enumerate(calls):
+        own[:] = program.calls
+        bases = np.array([address + worker * own.nbytes, memory + worker * 4 * program.arena, *numbers])
+        own[program.words] = bases[program.bases] + program.offsets
     calls[0, _ALONE] = alone
-    address: int = calls.ctypes.data
-    bases = np.empty((workers, _GIVEN + 2 * len(given)), np.int64)
-    bases[:, _CALLS] = address + calls.strides[0] * np.arange(workers)
-    bases[:, _ARENA] = arena.data_ptr() + 4 * program.arena * np.arange(workers)
-    bases[:, _GIVEN:] = [number for tensor in given for number in (tensor.data_ptr(), tensor.stride(0))]
-    calls[:, program.words] = bases[:, program.bases] + program.offsets
     threads.run(*compiled(), address, workers if alone else program.threads)
     return outs
 
@@ -180,9 +182,9 @@ def share_out(
         inputs: see `execute`.
         outs: see `execute`.
     """
-    images, team = len(inputs[0]), threads.available()
+    images, team = inputs[0].shape[0], threads.available()
     even = images - images % team
-    if images > 1 and even and all(len(x) == images for x in inputs):  # layers of another batch may be among them
+    if images > 1 and even and all(x.shape[0] == images for x in inputs):  # layers of another batch may be among them
         single = find([(1, *x.shape[1:]) for x in inputs], 1)
         if not single.folded:
             results = [empty((images, *shape[1:])) for shape in single.out_shapes] if outs is None else outs

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
+from passes.mutation import works_in_place
 
 LIMIT = 3 << 29  # bytes of values that batches hold at a stop
 
@@ -170,12 +170,3 @@ class Held:
                 str(tuple(x.shape)) for x in pytree.tree_leaves(self._arguments[side]) if hasattr(x, "shape")
             )
             raise InputError(f"data of shape {shapes} does not fit the model {where}: {error}") from error
-
-
-def works_in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node may change one of the tensors that it reads."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    module = module_of(graph, node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    return node.target in (operator.iadd, operator.imul) or (name.endswith("_") and not name.endswith("__"))

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -148,6 +149,26 @@ def _defaults(model: nn.Module, given: int) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind in kinds and p.default is not p.empty}
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that notes ``x += y`` as what it is: torch.fx takes it for ``x = x + y``, but others may hold x."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self._augmented(operator.iadd, other)
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self._augmented(operator.isub, other)
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self._augmented(operator.imul, other)
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self._augmented(operator.itruediv, other)
+
+    def _augmented(self, operation: Any, other: object) -> fx.Proxy:
+        found: fx.Proxy = self.tracer.create_proxy("call_function", operation, (self, other), {})
+        return found
+
+
 class _Tracer(fx.Tracer):
     """A tracer that knows the compiler's leaves, marks what hooks see, and remembers where it failed."""
 
@@ -163,6 +184,10 @@ class _Tracer(fx.Tracer):
             return True
         ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand for what a node yields."""
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace into a module, or past it if it is a leaf."""

@@ -95,8 +95,7 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
             f"{file} is malformed ({type(error).__name__}: {error}); it was not written by sgfx"
         ) from error
     adopt(into, small)
-    if decisions is not None:
-        attach_decisions(into, decisions)
+    attach_decisions(into, decisions)
     return into
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
 from passes.freezing.chaining import chain
-from passes.freezing.choosing import checked_strategy, choose, chosen_layers
+from passes.freezing.choosing import checked_strategy, choose, chosen_layers, layer_macs
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fused import Recipe
@@ -66,16 +69,20 @@ def freeze(
     check_model(model)
     if frozen_before := next(iter(chosen_layers(model)), None):
         raise InputError(f"the model is frozen already, at {frozen_before!r}: freeze the one that it was made from")
-    inputs = as_inputs(example_inputs)
+    inputs = _copied(as_inputs(example_inputs) or ())
     if not inputs:
         raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
+    _check_weights(model)
     strategy = checked_strategy(strategy)
     if strategy is not None and decisions is not None:
         raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
+    note = "" if strategy == "library" else _note_without_kernel(strategy)
     given = None if strategy is not None else _given(model, decisions)
     with preserved_random_state():
         small = _eliminated(model, inputs)
         parts = _fused(small, inputs)
+        if decisions is None and given is not None and not _fits(given, parts):
+            given = None
         measured = strategy is None and given is None
         twins = [part.twin() for part in parts] if measured else []
         frozen, made = _assembled(small, parts, strategy, given)
@@ -84,10 +91,18 @@ def freeze(
         if measured:
             library, _ = _assembled(small, twins, "library", None)
             frozen, made = _faster(frozen, library, made, inputs)
+    made = replace(made, note=made.note or note)
     if measured:
         attach_decisions(model, made)
     frozen.decisions = made  # type: ignore[assignment]
+    if isinstance(frozen, fx.GraphModule):
+        frozen.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"decisions": made}  # which copies of it keep
     return frozen
+
+
+def _copied(inputs: tuple[object, ...]) -> tuple[object, ...]:
+    """Inputs that a model may work on in place."""
+    return tuple(pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs))
 
 
 def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) -> Decisions | None:
@@ -100,6 +115,36 @@ def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) ->
         )
     found = decisions or decisions_of(model)
     return found if found is not None and found.machine == machine() else None
+
+
+def _note_without_kernel(strategy: str | None) -> str:
+    """Why the kernel can't be used on this machine, with a warning; "" if it can."""
+    from passes.kernel import supported
+
+    reason = supported()
+    if reason is None:
+        return ""
+    if strategy == "kernel":
+        raise InputError(f"strategy='kernel' asks for the kernel, which can't run here: {reason}")
+    warnings.warn(f"freeze uses the library alone: the kernel can't run here: {reason}", stacklevel=3)
+    return f"the kernel can't run here: {reason}"
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse layers whose weight is computed by a hook: it may be stale now, and a frozen model has no hooks."""
+    for path, module in model.named_modules():
+        computed = "weight" not in module._parameters and not hasattr(module, "parametrizations")
+        if isinstance(module, _ConvNd | nn.Linear) and computed:
+            raise InputError(
+                f"the weight of layer {path!r} is computed by a hook (weight_norm, spectral_norm, prune): make it a "
+                "plain parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
+            )
+
+
+def _fits(given: Decisions, parts: Sequence[_Part]) -> bool:
+    """Whether decisions that came with the model were made for these layers, as they are now, at these sizes."""
+    macs = {path: count for part in parts for path, count in layer_macs(part.graph).items()}
+    return all(path in given.layers and given.layers[path].macs == count for path, count in macs.items())
 
 
 def _check_names(given: Decisions, made: Decisions) -> None:

@@ -45,7 +45,7 @@ def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
     if node.target is not append or any(node in user.args[1:] for user in node.users):  # no residual has more channels
         return False
     parts: Any = node.args[1]
-    return all(part in run and part.op == "call_module" and len(part.users) == 1 for part in parts)
+    return bool(parts) and all(part in run and part.op == "call_module" and len(part.users) == 1 for part in parts)
 
 
 def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:

@@ -57,11 +57,21 @@ def choose(
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
-        elif isinstance(module, POOLS) and strategy != "library":
+        elif isinstance(module, POOLS) and not getattr(module, "return_indices", False) and strategy != "library":
             name = _name(str(node.target), decided)
             chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
             graph.set_submodule(str(node.target), chosen)
     return decided
+
+
+def layer_macs(graph: fx.GraphModule) -> dict[str, int]:
+    """Multiply-adds of each layer that `choose` would decide about, for the shapes that the graph has."""
+    macs: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Recipe):
+            macs[_name(module.path, macs)] = _macs(module, node.all_input_nodes[0].meta["val"].shape)
+    return macs
 
 
 def chosen_layers(model: nn.Module) -> dict[str, Any]:
@@ -87,10 +97,9 @@ def chosen_macs(chosen: Any, output: Tensor) -> int:
 def _choose_pool(
     pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None
 ) -> tuple[nn.Module, LayerDecision]:
-    candidates: dict[str, Callable[[], nn.Module]] = {
-        "library": partial(_itself, pool),
-        "channels_last": partial(LastPool, pool),
-    }
+    candidates: dict[str, Callable[[], nn.Module]] = {"library": partial(_itself, pool)}
+    if inputs[0].dim() == 4:
+        candidates["channels_last"] = partial(LastPool, pool)
     if given is None or given.way not in candidates:
         times = _measured(candidates, inputs)
         given = LayerDecision(min(times, key=times.__getitem__), milliseconds=times)
@@ -127,12 +136,13 @@ def _name(path: str, decided: Mapping[str, object]) -> str:
 def _choose_one(
     recipe: Recipe, inputs: tuple[Tensor, ...], strategy: str | None, given: LayerDecision | None
 ) -> tuple[Any, LayerDecision]:
-    macs = _macs(recipe, inputs[0])
+    macs = _macs(recipe, inputs[0].shape)
     if strategy == "library" and given is None:
         return LibraryLayer(recipe), LayerDecision("library", macs=macs)
     candidates = _candidates(recipe, inputs)
-    if given is not None and given.name in candidates:
-        return candidates[given.name](), given
+    if given is not None:
+        measured = given.milliseconds if given.macs == macs else {}
+        return _as_given(recipe, candidates, given), replace(given, macs=macs, milliseconds=measured)
     kernels = [name for name in candidates if name.startswith("kernel")]
     if (not kernels and strategy == "kernel") or len(candidates) == 1:
         return candidates["library"](), LayerDecision("library", macs=macs)
@@ -142,6 +152,20 @@ def _choose_one(
     best = min(times, key=times.__getitem__)
     way, *tiling = best.split()
     return candidates[best](), LayerDecision(way, tuple(map(int, tiling)), times, macs)
+
+
+def _as_given(recipe: Recipe, candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision) -> nn.Module:
+    """The form that a decision names, with its tiling even if that would not be tried here."""
+    kernel = next((name for name in candidates if name.startswith("kernel")), None)
+    if given.way != "kernel":
+        return candidates.get(given.way, candidates["library"])()
+    if kernel is None:
+        return candidates["library"]()
+    from passes.kernel import Tiling
+
+    chosen: Any = candidates[kernel]()
+    chosen.form = replace(chosen.form, tiling=Tiling(*given.tiling))
+    return chosen  # type: ignore[no-any-return]
 
 
 def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], nn.Module]]:
@@ -200,15 +224,16 @@ def _seconds(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> float
     return time.perf_counter() - start
 
 
-def _macs(recipe: Recipe, x: Tensor) -> int:
-    """Multiply-adds of a layer: its connections times its outputs' positions."""
+def _macs(recipe: Recipe, shape: torch.Size) -> int:
+    """Multiply-adds of a layer for an input of `shape`: its connections times its outputs' positions."""
     layer: Any = recipe.layer
     weights = _weights(recipe)
     if hasattr(layer, "in_features"):
-        return weights * x.shape[:-1].numel()
-    positions = x.shape[0]
+        return weights * shape[:-1].numel()
+    spatial = len(layer.kernel_size)
+    positions = shape[: -spatial - 1].numel()  # of a batch, if there is one
     for size, kernel, stride, dilation, pad in zip(
-        x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, _pads(layer), strict=True
+        shape[-spatial:], layer.kernel_size, layer.stride, layer.dilation, _pads(layer), strict=True
     ):
         positions *= (size + pad - dilation * (kernel - 1) - 1) // stride + 1
     return weights * positions

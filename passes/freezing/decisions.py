@@ -15,6 +15,7 @@ from passes.errors import InputError
 
 _KEY = "_sgfx_decisions"
 VERSION = 1
+WAYS = ("library", "channels_last", "kernel")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Decisions:
                 path: LayerDecision(d["way"], tuple(d["tiling"]), dict(d["milliseconds"]), int(d["macs"]))
                 for path, d in data["layers"].items()
             }
+            for path, layer in layers.items():
+                _check(path, layer)
             return cls(str(data["machine"]), layers, dict(data["milliseconds"]), str(data["note"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -107,6 +110,16 @@ class Decisions:
         return "\n".join(line for line in (f"measured on {self.machine}", whole, self.note) if line)
 
 
+def _check(path: str, layer: LayerDecision) -> None:
+    """Refuse what names no way to run a layer."""
+    whole = all(isinstance(number, int) and number > 0 for number in layer.tiling)
+    if layer.way not in WAYS or not whole or len(layer.tiling) != (2 if layer.way == "kernel" else 0):
+        raise InputError(
+            f"the decision for layer {path!r} must be one of {', '.join(WAYS)}, the last with a tiling of two positive "
+            f"integers, not {layer.name!r}"
+        )
+
+
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
@@ -119,9 +132,12 @@ def machine() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def attach_decisions(model: nn.Module, decisions: Decisions) -> None:
-    """Keep decisions with the model that they were made for; `sgfx.save` writes them."""
-    model.__dict__[_KEY] = decisions
+def attach_decisions(model: nn.Module, decisions: Decisions | None) -> None:
+    """Keep decisions with the model that they were made for, instead of any before; `sgfx.save` writes them."""
+    if decisions is None:
+        model.__dict__.pop(_KEY, None)
+    else:
+        model.__dict__[_KEY] = decisions
 
 
 def decisions_of(model: nn.Module) -> Decisions | None:

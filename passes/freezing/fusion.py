@@ -3,9 +3,10 @@
 1. Dropout and identity are taken out.
 2. A norm in eval mode behind a layer that nobody else reads is folded into the layer.
 3. A sum behind a layer that nobody else reads is computed by the layer, which starts from the other summand; a
-   regrouped layer is preferred, else the later one.
+   regrouped layer is preferred, else the later one. Both summands must follow the same inputs: what has the shape of a
+   batch of one only by chance would be spread over a larger one.
 4. An activation behind a layer, a sum in it, or a norm, which nobody else reads, is computed there.
-5. What computes in place on a tensor that others read stays as it is.
+5. What computes in place on a tensor that others read stays as it is; no layer is moved past what changes its input.
 
 What can be computed differently later is a `Recipe` in the graph that comes out.
 """
@@ -23,6 +24,7 @@ from passes.cut import is_frozen_norm, is_norm
 from passes.facts import Region
 from passes.freezing.fused import FusedNorm, Recipe
 from passes.layers.grouped import GROUPED, Grouped
+from passes.mutation import is_unchanged
 
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
@@ -110,9 +112,15 @@ def _is_affine(module: nn.Module | None) -> bool:
 
 def _fold_norms(place: _Place) -> None:
     norm = place.module(place.node)
-    if _is_affine(norm) and norm is not None and (recipe := place.recipe(place.node.args[0])) is not None:
+    recipe = place.recipe(place.node.args[0]) if place.node.args else None
+    if _is_affine(norm) and norm is not None and recipe is not None and _same_channels(recipe.layer, place.node):
         recipe.fold(norm)
         place.replace(place.node.all_input_nodes[0])
+
+
+def _same_channels(layer: nn.Module, norm: fx.Node) -> bool:
+    """Whether a norm works on the filters of the layer before it: a linear layer's are in the last dimension."""
+    return not hasattr(layer, "in_features") or len(_shape(norm)) == 2
 
 
 def _fuse_sums(place: _Place) -> None:
@@ -121,7 +129,7 @@ def _fuse_sums(place: _Place) -> None:
         return
     summands = [each for each in node.args if isinstance(each, fx.Node)]
     same = len(summands) == 2 and summands[0] is not summands[1] and _shape(summands[0]) == _shape(summands[1]) != ()
-    if not same or (_in_place(node) and len(summands[0].users) > 1):
+    if not same or (_in_place(node) and len(summands[0].users) > 1) or _follows(summands[0]) != _follows(summands[1]):
         return
     order = list(place.graph.graph.nodes)
     fit = [each for each in summands if _takes_sum(place, each)]
@@ -137,7 +145,18 @@ def _fuse_sums(place: _Place) -> None:
 
 def _takes_sum(place: _Place, node: fx.Node) -> bool:
     recipe = place.recipe(node)
-    return recipe is not None and recipe.activation is None and len(node.args) == 1
+    free = recipe is not None and recipe.activation is None and len(node.args) == 1
+    return free and is_unchanged(place.graph, node.all_input_nodes[0], node, place.node)
+
+
+def _follows(node: fx.Node) -> set[fx.Node]:
+    """The inputs of the graph that a node depends on."""
+    found, todo = set(), [node]
+    for each in todo:  # grows as it goes
+        if each not in found:
+            found.add(each)
+            todo += each.all_input_nodes
+    return {each for each in found if each.op == "placeholder"}
 
 
 def _layer(place: _Place, node: fx.Node) -> nn.Module | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.freezing.fused import FusedNorm, Recipe
+from passes.mutation import is_unchanged
 
 READERS = (Recipe, FusedNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.BatchNorm2d)
 CATS = (torch.cat, torch.concat, torch.concatenate)
@@ -39,7 +40,7 @@ def join(graph: fx.GraphModule) -> int:
     for node in graph.graph.nodes:
         if _may_grow(graph, node):
             parts = _parts(node)
-            chain = next((chain for chain in chains if _extends(parts, chain[-1][1])), None)
+            chain = next((chain for chain in chains if _continues(graph, chain[-1], node, parts)), None)
             chains.append([(node, parts)]) if chain is None else chain.append((node, parts))
     chains = [chain for chain in chains if len(chain) > 1]
     for chain in chains:
@@ -70,8 +71,11 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     return [each for part in parts for each in (_parts(part) if _joins_channels(part) else [part])]
 
 
-def _extends(parts: list[fx.Node], before: list[fx.Node]) -> bool:
-    return len(parts) > len(before) and parts[: len(before)] == before
+def _continues(graph: fx.GraphModule, last: tuple[fx.Node, list[fx.Node]], node: fx.Node, parts: list[fx.Node]) -> bool:
+    """Whether a concatenation adds to the last one of a chain, whose parts are still what they were."""
+    step, before = last
+    longer = len(parts) > len(before) and parts[: len(before)] == before
+    return longer and all(is_unchanged(graph, part, step, node) for part in before)
 
 
 def _rewrite(graph: fx.GraphModule, chain: list[tuple[fx.Node, list[fx.Node]]]) -> None:

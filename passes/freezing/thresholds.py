@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from passes.freezing.constants import absorbed, pads_with_zeros, reader_of, reads_channels
 from passes.freezing.fused import FusedNorm, Recipe
+from passes.mutation import is_unchanged
 
 HIGHEST = {"relu": torch.inf, "relu6": 6.0}
 LEAST_SCALE = 1e-30
@@ -45,7 +46,8 @@ def use_thresholds(graph: fx.GraphModule) -> int:
         if isinstance(norm, FusedNorm) and _may_move(norm):
             readers = [reader_of(graph, user, node) for user in node.users]
             dims = node.meta["val"].dim() - 2
-            if all(reader is not None and _may_read(reader, dims) for reader in readers):
+            same = all(is_unchanged(graph, node.all_input_nodes[0], node, user) for user in node.users)
+            if same and all(reader is not None and _may_read(reader, dims) for reader in readers):
                 _move(norm, [each for each in readers if each is not None])
                 node.replace_all_uses_with(node.args[0])
                 graph.graph.erase_node(node)

@@ -20,7 +20,7 @@ _FRESH = 32 * 2**20
 
 def empty(shape: Sequence[int]) -> Tensor:
     """Return an uninitialised fp32 tensor, in huge pages if it is large and the system has them."""
-    tensor = torch.empty(shape)
+    tensor = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
     size = 4 * tensor.numel()
     if size > _FRESH and (advise := _madvise()) is not None:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

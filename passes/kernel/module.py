@@ -23,15 +23,16 @@ _MOST_PROGRAMS = 256  # of one module: pictures may come in any size, for as lon
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether a call is not to be run but to be written down, by `torch.compile` or `torch.export`."""
-    return type(x) is not Tensor or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    """Whether a call is to be written down, by `torch.compile`, `torch.export` or `torch.jit.trace`, not to be run."""
+    compiling = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return type(x) is not Tensor or compiling or _get_current_dispatch_mode() is not None
 
 
 class Programs:
     """The programs of some layers, by the shapes of their inputs.
 
-    A program is made anew if a layer holds other tensors than it was made for, or has another form. Programs point to
-    memory of this process, so a copy has none.
+    A program is made anew if a layer has another form, or its tensors lie elsewhere than when it was made. Programs
+    point to memory of this process, so a copy has none.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Programs:
         inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor]:  # fmt: skip
         """Run the layers; see `program` and `share_out` for the arguments."""
-        now = [id(part) for layer in layers for part in (layer.form, *layer._buffers.values())]
+        now = [id(layer.form) for layer in layers] + [x.data_ptr() for layer in layers for x in layer.tables]
 
         def find(shapes: Sequence[Sequence[int]], team: int) -> Program:
             key = (*map(tuple, shapes), team)

@@ -248,6 +248,7 @@ def _word(index: int, name: str) -> int:
 
 def _by_image(tensor: Tensor) -> Tensor:
     """The tensor itself if each of its images is contiguous, else a contiguous copy."""
+    tensor = tensor.resolve_neg()  # a negative view's memory holds the opposite
     return tensor if tensor.is_contiguous() or tensor[0].is_contiguous() else tensor.contiguous()
 
 

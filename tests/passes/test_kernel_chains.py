@@ -140,6 +140,20 @@ def test_traced_copied_pickled_and_moved() -> None:
     assert all(map(torch.equal, tensors(moved(x)), expected))
 
 
+def test_memory_that_moves_under_the_same_tensors() -> None:
+    chain, _ = random_chain(3, 6)
+    x = torch.randn(2, 10, 6, 6)
+    expected = tensors(chain(x))
+    chain.share_memory()
+    assert all(map(torch.equal, tensors(chain(x)), expected))
+
+
+def test_a_negative_view() -> None:
+    chain, _ = random_chain(3, 6)
+    x = torch.randn(2, 10, 6, 6)
+    assert all(map(torch.equal, tensors(chain(torch._neg_view(x))), tensors(chain(-x))))
+
+
 def test_layers_that_are_given_other_tensors_or_forms() -> None:
     wires = [Wires(0), Wires(1), Wires(2, 1)]
     chain, other = (PackedChain([pack_layer(nn.Conv2d(6, 6, 3, padding=1)) for _ in wires], wires, [2]) for _ in "ab")

@@ -466,3 +466,93 @@ def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monke
     assert done == ["fuse"]
     sgfx.freeze(sgfx.compile(model, groups=3, ratio=0.5), IMAGES)
     assert done == ["fuse", "run_passes", "fuse"]
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_the_kernels(dtype):
+    model = trained(Block())
+    frozen = sgfx.freeze(model, IMAGES, strategy="kernel")
+    with torch.no_grad():
+        expected = frozen(IMAGES)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            assert torch.equal(frozen(IMAGES), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_copies_keep_their_decisions():
+    frozen = sgfx.freeze(trained(Block()), IMAGES, strategy="library")
+    assert copy.deepcopy(frozen).decisions == frozen.decisions
+
+
+def test_decisions_that_came_with_a_model_are_taken_for_the_same_layers_and_sizes_alone():
+    dense = trained(Block())
+    made = sgfx.freeze(dense, IMAGES).decisions
+    assert sgfx.freeze(dense, IMAGES).decisions.layers == made.layers
+    small = sgfx.compile(dense, groups=3, ratio=0.5)
+    for model, images in ((small, IMAGES), (dense, IMAGES[:1])):
+        found = sgfx.freeze(model, images).decisions
+        for path in ("conv1", "conv2", "down"):
+            assert found.layers[path].macs < made.layers[path].macs
+            assert found.layers[path].milliseconds != made.layers[path].milliseconds
+
+
+def test_decisions_given_for_other_sizes_keep_the_ways_and_not_the_times():
+    model = trained(Block())
+    made = sgfx.freeze(model, IMAGES).decisions
+    found = sgfx.freeze(model, IMAGES[:1], decisions=made).decisions
+    for path in ("stem", "conv1", "conv2", "down"):
+        assert found.layers[path].name == made.layers[path].name
+        assert found.layers[path].macs == made.layers[path].macs // 2
+        assert not found.layers[path].milliseconds
+
+
+@pytest.mark.parametrize(("way", "tiling"), [("foo", []), ("kernel", [0, 4]), ("kernel", [28]), ("library", [28, 4])])
+def test_decisions_that_name_no_way(way, tiling):
+    data = sgfx.freeze(trained(Block()), IMAGES, strategy="library").decisions.to_dict()
+    data["layers"]["stem"] |= {"way": way, "tiling": tiling}
+    with pytest.raises(InputError, match="the decision for layer 'stem' must be one of library, channels_last, kernel"):
+        sgfx.freeze(Block().eval(), IMAGES, decisions=data)
+
+
+@pytest.mark.parametrize("change", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_hooks_compute_are_refused(change):
+    model = nn.Sequential(change(nn.Conv2d(3, 4, 3))).eval()
+    with pytest.raises(InputError, match=r"the weight of layer '0' is computed by a hook .* make it a plain parameter"):
+        sgfx.freeze(model, IMAGES)
+
+
+def test_the_example_is_not_worked_on():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)).eval()
+    images = IMAGES.clone()
+    sgfx.freeze(model, images)
+    assert torch.equal(images, IMAGES)
+
+
+def test_pictures_without_a_batch_and_pools_with_indices():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, return_indices=True)
+
+        def forward(self, x):
+            return self.pool(F.max_pool2d(self.conv(x), 2))[0]
+
+    model = Net().eval()
+    for images in (IMAGES, IMAGES[0]):
+        assert error(sgfx.freeze(model, images), model, images) < 1e-5
+
+
+def test_a_machine_without_the_kernel_is_told(monkeypatch):
+    monkeypatch.setattr("passes.kernel.supported", lambda: "numba can't be imported (no)")
+    model = trained(Block())
+    with pytest.warns(UserWarning, match=r"freeze uses the library alone: the kernel can't run here: numba"):
+        frozen = sgfx.freeze(model, IMAGES)
+    assert "numba can't be imported" in frozen.decisions.note
+    assert not any(isinstance(module, PackedConv2d) for module in frozen.modules())
+    with pytest.raises(InputError, match="strategy='kernel' asks for the kernel, which can't run here: numba"):
+        sgfx.freeze(model, IMAGES, strategy="kernel")

@@ -330,3 +330,20 @@ def test_other_models_are_refused():
         sgfx.calibrate(nn.Sequential(nn.Conv2d(3, 8, 3)), small, images())
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         sgfx.calibrate(dense, "small", images())
+
+
+def test_data_that_a_model_works_on_in_place_stays_as_it_was():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+
+        def forward(self, x):
+            x.sub_(0.5)
+            return self.part(x) if float(x.sum()) > -1e9 else x
+
+    dense, images = Branching().eval(), torch.randn(64, 3, 9, 9)
+    small = sgfx.compile(dense, groups=4, ratio=0.5, example_inputs=(images[:1].clone(),))
+    before = images.clone()
+    sgfx.calibrate(dense, small, images)
+    assert torch.equal(images, before)

@@ -1,4 +1,4 @@
-"""Copies of a model: a faithful one to rewrite, and a throw-away shadow to trace.
+"""Copies: of a model a faithful one to rewrite and a throw-away shadow to trace, and of its inputs.
 
 Hooks are never deep-copied (that would copy a user's tap object, or fail on an activation it holds): the faithful copy
 gets the same callables by reference, the shadow gets none. A hook that is a method of one of the model's own modules is
@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.layers.surgery import carry_hooks, hook_dicts
@@ -52,6 +53,11 @@ def shadow(model: M) -> M:
 def unhooked_copy(model: M) -> M:
     """Return a deep copy of `model` without hooks, to be worked on in place of the live model."""
     return _deepcopy(model, {})
+
+
+def copy_inputs(inputs: Any) -> Any:
+    """Return inputs that a model may work on in place: every tensor in them is a new one, without history."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
 
 
 def _deepcopy(model: M, memo: dict[int, Any]) -> M:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.calibration import calibrate_region
-from passes.copying import shadow, unhooked_copy
+from passes.copying import copy_inputs, shadow, unhooked_copy
 from passes.cut import cuts
 from passes.errors import InputError
 from passes.examples import read_examples
@@ -125,7 +125,7 @@ def _regions(model: nn.Module, example: Any, leaves: Collection[str]) -> tuple[R
     """The regions of a model; the example is only run where it can't be traced whole."""
     parts = find_regions(model, leaf_modules=leaves).parts
     whole = [region.path for region in parts] == [""]
-    return parts if whole else find_regions(model, (_copied(example),), leaves).parts
+    return parts if whole else find_regions(model, (copy_inputs(example),), leaves).parts
 
 
 def _in_order(model: nn.Module, regions: list[Region], example: Any) -> list[Region]:
@@ -134,7 +134,7 @@ def _in_order(model: nn.Module, regions: list[Region], example: Any) -> list[Reg
         return regions
     called: list[str] = []
     with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)), torch.no_grad():
-        model(_copied(example))
+        model(copy_inputs(example))
     return sorted((region for region in regions if region.path in called), key=lambda region: called.index(region.path))
 
 
@@ -145,13 +145,8 @@ def _arguments(model: nn.Module, path: str, batches: list[Any]) -> list[Argument
     given: list[Arguments] = []
     with _tapped(model, [path], lambda _, args: given.append(args)), torch.no_grad():
         for batch in batches:
-            model(_copied(batch))
+            model(copy_inputs(batch))
     return given
-
-
-def _copied(batch: Any) -> Any:
-    """A batch that a model may work on in place: the data stays as it was given."""
-    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
 
 
 @contextmanager

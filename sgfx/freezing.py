@@ -16,7 +16,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from passes.copying import copy_model
+from passes.copying import copy_inputs, copy_model
 from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
 from passes.freezing.chaining import chain
@@ -69,7 +69,7 @@ def freeze(
     check_model(model)
     if frozen_before := next(iter(chosen_layers(model)), None):
         raise InputError(f"the model is frozen already, at {frozen_before!r}: freeze the one that it was made from")
-    inputs = _copied(as_inputs(example_inputs) or ())
+    inputs: tuple[object, ...] = copy_inputs(as_inputs(example_inputs) or ())
     if not inputs:
         raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
     _check_weights(model)
@@ -98,11 +98,6 @@ def freeze(
     if isinstance(frozen, fx.GraphModule):
         frozen.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"decisions": made}  # which copies of it keep
     return frozen
-
-
-def _copied(inputs: tuple[object, ...]) -> tuple[object, ...]:
-    """Inputs that a model may work on in place."""
-    return tuple(pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs))
 
 
 def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) -> Decisions | None:

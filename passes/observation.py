@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.facts import Observation
 from passes.matching import holders_of
@@ -66,7 +67,7 @@ class _Watch(ParameterWatch):
             handles.append(module.register_forward_hook(leaving, always_call=True))
         try:
             with self:
-                shadow(*inputs)
+                shadow(*copy_inputs(inputs))
         finally:
             for handle in handles:
                 handle.remove()

@@ -125,7 +125,7 @@ def _regions(model: nn.Module, example: Any, leaves: Collection[str]) -> tuple[R
     """The regions of a model; the example is only run where it can't be traced whole."""
     parts = find_regions(model, leaf_modules=leaves).parts
     whole = [region.path for region in parts] == [""]
-    return parts if whole else find_regions(model, (copy_inputs(example),), leaves).parts
+    return parts if whole else find_regions(model, (example,), leaves).parts
 
 
 def _in_order(model: nn.Module, regions: list[Region], example: Any) -> list[Region]:

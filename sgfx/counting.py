@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.copying import shadow
+from passes.copying import copy_inputs, shadow
 from passes.errors import InputError
 from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.layers.grouped import Grouped
@@ -28,9 +28,9 @@ COUNTED = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "einsum"}
 def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
     """Multiply-adds of convolutions and matrix products by module path, each with what is below it; "" is the total.
 
-    The model itself is not run: a copy without hooks is, in eval mode.
+    Neither the model nor the inputs are worked on: a copy without hooks is run, in eval mode, on copies of them.
     """
-    twin = shadow(model).eval()
+    twin, inputs = shadow(model).eval(), copy_inputs(inputs)
     for module in twin.modules():
         if isinstance(module, Grouped):
             module.form = "blocks"

@@ -347,3 +347,15 @@ def test_data_that_a_model_works_on_in_place_stays_as_it_was():
     before = images.clone()
     sgfx.calibrate(dense, small, images)
     assert torch.equal(images, before)
+
+
+def test_examples_that_a_model_works_on_in_place_stay_as_they_were():
+    class Shifting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    model, images = Shifting(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval(), torch.randn(32, 3, 9, 9)
+    before = images.clone()
+    small = sgfx.compile(model, groups=4, budget={"macs": 0.6}, calibration=images)
+    sgfx.report(model, small, images)
+    assert torch.equal(images, before)

@@ -10,6 +10,8 @@ Both graphs are walked in step (`tandem.py`). At each regrouped layer, in order 
 4. A layer without a bias gets one in the running mean of the norm behind it. No other statistic is touched: the output
    of a least-squares fit has less variance than its target, and a norm that restored it would only amplify the error.
 5. Layers with more than `MAX_PRIMAL` unfolded inputs are solved in the dual, on as many rows as memory allows.
+6. Behind a choice by value (`choices.py`) rows of the two networks may not belong together: there, both sides of the
+   least squares are the dense network's.
 
 Rows are sampled positions of the layer's output, at most `MAX_ROWS` and `ROW_BYTES`, whatever the number of images.
 """
@@ -17,7 +19,7 @@ Rows are sampled positions of the layer's output, at most `MAX_ROWS` and `ROW_BY
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +28,12 @@ from torch import Tensor, fx, nn
 
 from passes.errors import InputError
 from passes.least_squares import clipped_targets, factor, ridge, solve, solve_dual
-from passes.surroundings import Surroundings, affine, surroundings
-from passes.tandem import Walk, module_of
+from passes.surroundings import Surroundings, affine, is_per_filter, surroundings
+from passes.tandem import Pair, Walk, module_of
 from passes.unfolding import input_rows, output_positions, output_rows
 
 MAX_ROWS = 1 << 15
-ROW_BYTES = 3 << 27
+ROW_BYTES = 3 << 27  # of a layer's inputs, wanted outputs and offsets together, as float64
 MAX_PRIMAL = 8000
 CLIPPING_ROUNDS = 5
 
@@ -57,9 +59,7 @@ class Sample:
     clipped: bool
 
 
-def calibrate_region(
-    dense: fx.GraphModule, small: fx.GraphModule, batches: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
-) -> dict[str, Tensor]:
+def calibrate_region(dense: fx.GraphModule, small: fx.GraphModule, batches: Sequence[Pair]) -> dict[str, Tensor]:
     """Re-solve all regrouped layers of one traced part, in place in `small`.
 
     Args:
@@ -108,9 +108,15 @@ def surroundings_at(walk: Walk, stop: fx.Node) -> Surroundings:
         each = [surroundings(walk.graphs[0], call) for call in calls]
         return Surroundings(None, None, all(around == Surroundings(None, None, True) for around in each))
     norm, other = found.norm, found.other
-    if norm is not None and sum(node.target == norm.target for node in walk.nodes) > 1:
-        return Surroundings(None, None, False)
-    if other is not None and walk.route(stop, [other]) is None:
+    if norm is None and other is None:
+        return found
+    held = next(walk.at(stop))
+    y = held.value(0, stop, stop)
+    if norm is not None:
+        shared = sum(node.target == norm.target for node in walk.nodes) > 1
+        if shared or not is_per_filter(walk.module(norm), walk.module(stop), y):
+            return Surroundings(None, None, False)
+    if other is not None and (walk.route(stop, [other]) is None or not _fits(held.value(0, other, stop), y)):
         return Surroundings(norm, None, False)
     return found
 
@@ -124,16 +130,15 @@ def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
     share = len(walk.batches) * len(calls)
     (scale, shift), (own_scale, own_shift) = (_affine(graph, around.norm, layer) for graph in walk.graphs)
     for held in walk.at(stop):
+        own = 0 if held.chosen else 1
         for call in calls:
             y = held.value(0, call, stop)
-            if around.other is not None and not _fits(held.value(0, around.other, stop), y):
-                around = Surroundings(around.norm, None, False)
             positions = _positions(layer, y, share, generator)
-            inputs.append(input_rows(layer, held.value(1, call.all_input_nodes[0], stop), positions))
+            inputs.append(input_rows(layer, held.value(own, call.all_input_nodes[0], stop), positions))
             goal = output_rows(layer, y, positions).double() * scale + shift
             offset = own_shift.expand_as(goal)
             if around.other is not None:
-                theirs, ours = (held.value(side, around.other, stop).expand_as(y) for side in (0, 1))
+                theirs, ours = (held.value(side, around.other, stop).expand_as(y) for side in (0, own))
                 goal = goal + output_rows(layer, theirs, positions)
                 offset = offset + output_rows(layer, ours, positions)
             wanted.append(goal)
@@ -160,7 +165,7 @@ def _affine(graph: fx.GraphModule, norm: fx.Node | None, layer: Any) -> tuple[Te
 def _positions(layer: Any, y: Tensor, share: int, generator: torch.Generator) -> Tensor:
     """Which positions of one batch's output are sampled: at most one of `share` parts of all rows that are allowed."""
     shape = layer._dense_shape
-    row = 8 * math.prod(shape[1:])
+    row = 8 * (math.prod(shape[1:]) + 2 * shape[0])
     count = output_positions(layer, y)
     most = max(1, min(MAX_ROWS, ROW_BYTES // row) // share)
     if count <= most:
@@ -170,59 +175,56 @@ def _positions(layer: Any, y: Tensor, share: int, generator: torch.Generator) ->
 
 def resolve(layer: Any, sample: Sample, *, intercept: bool) -> tuple[Tensor, Tensor]:
     """Solve for the packed weight of a grouped layer, and its bias ``[C_out]`` (0 without `intercept`), in float64."""
-    start = layer.dense_weight().double().flatten(1)
-    problem = _Problem(layer, sample, start, intercept)
-    weight, bias = problem.solve((sample.wanted - sample.offset) / problem.scale)
-    for _ in range(CLIPPING_ROUNDS if sample.clipped and problem.primal else 0):
-        present = problem.outputs(weight, bias) * problem.scale + sample.offset
-        weight, bias = problem.solve((clipped_targets(sample.wanted, present) - sample.offset) / problem.scale)
+    problem = _Problem(layer, sample, intercept)
+    weight = problem.start.clone()
+    bias = torch.zeros_like(sample.scale) if layer.bias is None else layer.bias.double()
+    for filters, keep in _columns(layer):
+        solved, shift = problem.solve(filters, keep)
+        own = problem.live[filters]
+        weight[filters[own, None], keep] = solved[own]
+        bias[filters[own]] = shift[own]
     rows = weight.view(layer._dense_shape).flatten(0, 1)[layer._rows]
     return rows.view_as(layer.weight), bias
 
 
 class _Problem:
-    """The least squares of one layer, to be solved for one set of targets after the other."""
+    """The least squares of one layer, to be solved group by group, so that one group's factor is held at a time."""
 
-    def __init__(self, layer: Any, sample: Sample, start: Tensor, intercept: bool) -> None:
-        self._start, self._intercept = start, intercept
-        # A filter that the norm multiplies by next to nothing has no say: it keeps its weights.
-        self._live = sample.scale.abs() > 1e-6 * sample.scale.abs().max()
-        self.scale = torch.where(self._live, sample.scale, 1.0)
-        x = sample.inputs.double()
-        self._mean = x.mean(0) if intercept else torch.zeros_like(x[0])
-        self._x = x - self._mean
-        self._groups = list(_columns(layer))
-        self.primal = self._x.shape[1] <= MAX_PRIMAL
+    def __init__(self, layer: Any, sample: Sample, intercept: bool) -> None:
+        self.start = layer.dense_weight().double().flatten(1)
+        self._sample, self._intercept = sample, intercept
+        # A filter that the norm multiplies by next to nothing has no say: it keeps its weights and its bias.
+        self.live = sample.scale.abs() > 1e-6 * sample.scale.abs().max()
+        self._scale = torch.where(self.live, sample.scale, 1.0)
+        self._x = sample.inputs.double()
+        self._mean = self._x.mean(0) if intercept else torch.zeros_like(self._x[0])
+        self._x -= self._mean
         self._ridge = ridge(self._x.square().sum(0))
-        if self.primal:
-            self._gram = self._x.T @ self._x
-            self._factors = [factor(self._gram[keep][:, keep], self._ridge) for _, keep in self._groups]
+        self._gram = self._x.T @ self._x if self._x.shape[1] <= MAX_PRIMAL else None
 
-    def outputs(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """What the layer yields with these weights, ``[rows, C_out]``."""
-        return self._x @ weight.T + (bias + weight @ self._mean)
+    def solve(self, filters: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``[filters, keep]`` and bias ``[filters]`` of the group that has these filters and reads `keep`."""
+        sample, x, start = self._sample, self._x[:, keep], self.start[filters][:, keep]
+        wanted, offset, scale = sample.wanted[:, filters], sample.offset[:, filters], self._scale[filters]
+        lower = None if self._gram is None else factor(self._gram, keep, self._ridge)
 
-    def solve(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``[C_out, D]`` and bias ``[C_out]`` for `targets` ``[rows, C_out]``."""
-        middle = targets.mean(0) if self._intercept else torch.zeros_like(targets[0])
-        targets = targets - middle
-        weight = self._start.clone()
-        product = self._x.T @ targets if self.primal else None
-        for index, (filters, keep) in enumerate(self._groups):
-            start = self._start[filters][:, keep]
-            if product is not None:
-                solved = solve(self._factors[index], self._gram[keep][:, keep], product[keep][:, filters], start)
-            else:
-                solved = solve_dual(self._x[:, keep], targets[:, filters], start, self._ridge)
-            weight[filters[:, None], keep] = solved
-        weight = torch.where(self._live[:, None], weight, self._start)
-        return weight, middle - weight @ self._mean
+        def solved(targets: Tensor) -> tuple[Tensor, Tensor]:
+            targets = (targets - offset) / scale
+            middle = targets.mean(0) if self._intercept else torch.zeros_like(targets[0])
+            left = targets.sub_(middle) - x @ start.T
+            change = solve_dual(x, left, self._ridge) if lower is None else solve(lower, x.T @ left)
+            return start + change, middle - (start + change) @ self._mean[keep]
+
+        weight, bias = solved(wanted)
+        for _ in range(CLIPPING_ROUNDS if sample.clipped and lower is not None else 0):
+            present = (x @ weight.T + (bias + weight @ self._mean[keep])) * scale + offset
+            weight, bias = solved(clipped_targets(wanted, present))
+        return weight, bias
 
 
 def _columns(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each group that reads something: its filters, and the columns of the unfolded input that it reads."""
+    """For each group: its filters, and the columns of the unfolded input that it reads."""
     taps = math.prod(layer._dense_shape[2:])
     filters, inputs = layer.block_sizes.unbind(1)
     for own, read in zip(layer.filters.split(filters.tolist()), layer.inputs.split(inputs.tolist()), strict=True):
-        if len(read):
-            yield own, (read[:, None] * taps + torch.arange(taps, device=read.device)).flatten()
+        yield own, (read[:, None] * taps + torch.arange(taps, device=read.device)).flatten()

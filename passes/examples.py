@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
+from passes.random_state import preserved_random_state
 
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
+Arguments = tuple[Any, ...]
 
 
-def read_examples(data: Any, name: str) -> list[Any]:
-    """Read `data` once and return the inputs of its batches.
+def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
+    """Read `data` once and return the positional arguments that `model` is to be called with, batch by batch.
 
     Args:
-        data: a tensor ``[N, …]`` of examples, or an iterable of batches; a batch is a tensor, or a tuple or list whose
-            first element is the input (whatever follows, such as labels, is not looked at).
+        data: a tensor ``[N, …]`` of examples, or an iterable of batches; a batch is a tensor, or a tuple or list that
+            starts with the input (whatever follows, such as labels, is not looked at). Where the forward of the model
+            requires several inputs, a batch starts with all of them, or with a tuple of them.
         name: what the caller calls it, for messages.
+        model: the arguments are moved to the device of its first parameter.
 
     Returns:
-        Inputs of the model; tensors are cut into batches of at most 32 examples.
+        The arguments; tensors are cut into batches of at most 32 examples.
 
     Raises:
-        InputError: there are none, or one holds NaN or infinite values.
+        InputError: there are none, or one holds NaN or infinite values, or too few inputs.
         TypeError: it is neither a tensor nor an iterable of batches.
     """
     if not isinstance(data, Tensor) and (not isinstance(data, Iterable) or isinstance(data, Mapping | str)):
@@ -35,30 +40,55 @@ def read_examples(data: Any, name: str) -> list[Any]:
         )
     if isinstance(data, Tensor) and data.dim() == 0:
         raise InputError(f"{name} is a single number: give a tensor of examples [N, …]")
-    batches: list[Any] = []
-    for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
-        inputs = _inputs(batch, name, number)
-        batches += torch.split(inputs, BATCH) if isinstance(inputs, Tensor) else [inputs]
-    if not batches or not sum(map(example_count, batches)):
+    required, device = _required_inputs(model), next((p.device for p in model.parameters()), None)
+    batches: list[Arguments] = []
+    with preserved_random_state():  # a loader that shuffles draws from the global one
+        for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
+            given = _arguments(batch, required, name, number)
+            batches += _cut(pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, given))
+    if not batches or not sum(example_count(given) for given in batches):
         raise InputError(
             f"{name} gave no examples: is the dataset empty, or was it an iterator that had been used up before?"
         )
     return batches
 
 
-def example_count(inputs: Any) -> int:
+def example_count(given: Arguments) -> int:
     """Number of examples of a batch."""
-    return len(inputs) if isinstance(inputs, Tensor | list | tuple) else 1
+    return len(given[0]) if isinstance(given[0], Tensor | list | tuple) else 1
 
 
-def _inputs(batch: Any, name: str, number: int) -> Any:
-    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+def _required_inputs(model: nn.Module) -> int:
+    """How many inputs the forward of a model can't do without, at least 1."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = inspect.signature(model.forward).parameters.values()
+    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
+
+
+def _arguments(batch: Any, required: int, name: str, number: int) -> Arguments:
+    """What a batch starts with, as arguments."""
+    several = isinstance(batch, tuple | list) and len(batch) > 0
+    inputs: Any = batch[:required] if several else (batch,)
+    if required > 1 and several and isinstance(batch[0], tuple | list):
+        inputs = batch[0]
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors or any(tensor.dim() == 0 for tensor in tensors):
         raise TypeError(
             f"{name} must give batches that are tensors, or tuples or lists with the input first; batch {number} is a "
             f"{type(batch).__name__}"
         )
+    if len(inputs) != required:
+        raise InputError(
+            f"the model requires {required} inputs, but batch {number} of {name} holds {len(inputs)}: give batches "
+            "that are tuples and start with all of them"
+        )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(f"batch {number} of {name} holds NaN or infinite values: leave these examples out")
-    return inputs.detach() if isinstance(inputs, Tensor) else inputs
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def _cut(given: Arguments) -> list[Arguments]:
+    """One batch in parts of `BATCH` examples, if it is made of tensors of equal length."""
+    if not all(isinstance(x, Tensor) and len(x) == len(given[0]) for x in given):
+        return [given]
+    return list(zip(*(torch.split(x, BATCH) for x in given), strict=True))

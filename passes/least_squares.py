@@ -27,29 +27,28 @@ def ridge(diagonal: Tensor) -> Tensor:
     return RIDGE * diagonal.mean() + torch.finfo(torch.float64).tiny
 
 
-def factor(gram: Tensor, ridge: Tensor) -> Tensor:
-    """Cholesky factor of ``gram + ridge·I``."""
-    regular = gram.clone()
+def factor(gram: Tensor, keep: Tensor, ridge: Tensor) -> Tensor:
+    """Cholesky factor of ``XᵀX + λI`` for the kept inputs: rows and columns `keep` of `gram`, and `ridge`."""
+    regular = gram[keep[:, None], keep]
     regular.diagonal().add_(ridge)
     lower: Tensor = torch.linalg.cholesky(regular)
     return lower
 
 
-def solve(factor: Tensor, gram: Tensor, cross: Tensor, start: Tensor) -> Tensor:
-    """The weights ``[C, D]`` of one group.
+def solve(factor: Tensor, cross: Tensor) -> Tensor:
+    """The change ``Δ [C, D]`` of one group's weights.
 
     Args:
-        factor: Cholesky factor of ``gram + ridge·I``.
-        gram: ``XᵀX`` of the kept inputs, ``[D, D]``.
-        cross: ``XᵀY`` of the kept inputs and the group's filters, ``[D, C]``.
-        start: ``W⁰``, ``[C, D]``.
+        factor: Cholesky factor of ``X_KᵀX_K + λI``, ``[D, D]``.
+        cross: ``X_Kᵀ(Y − X_K W⁰_Kᵀ)``, ``[D, C]``.
     """
-    return start + torch.cholesky_solve(cross - gram @ start.T, factor).T
+    return torch.cholesky_solve(cross, factor).T
 
 
-def solve_dual(x: Tensor, y: Tensor, start: Tensor, ridge: Tensor) -> Tensor:
-    """The same by the dual, from `x` ``[rows, D]`` and `y` ``[rows, C]`` themselves."""
-    return start + (x.T @ torch.cholesky_solve(y - x @ start.T, factor(x @ x.T, ridge))).T
+def solve_dual(x: Tensor, left: Tensor, ridge: Tensor) -> Tensor:
+    """The same by the dual, from ``X_K [rows, D]`` and `left`, ``Y − X_K W⁰_Kᵀ [rows, C]``, themselves."""
+    every = torch.arange(len(x), device=x.device)
+    return (x.T @ torch.cholesky_solve(left, factor(x @ x.T, every, ridge))).T
 
 
 def clipped_targets(wanted: Tensor, present: Tensor) -> Tensor:

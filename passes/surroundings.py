@@ -62,6 +62,15 @@ def is_affine(module: nn.Module | None) -> bool:
     return isinstance(module.running_mean, Tensor) and isinstance(module.running_var, Tensor)
 
 
+def is_per_filter(norm: nn.Module | None, layer: Any, y: Tensor) -> bool:
+    """Whether a norm behind a layer with the output `y` has one scale for each filter of it: it works on dimension 1.
+
+    The filters of a linear layer are in its last dimension, those of a convolution without a batch in the first.
+    """
+    frozen = isinstance(norm, FrozenBatchNorm2d)
+    return y.dim() == len(getattr(layer, "kernel_size", ())) + 2 and (y.dim() == 4 or not frozen)
+
+
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift per channel of a norm in eval mode, float64: ``y · scale + shift``."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()

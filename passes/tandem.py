@@ -11,15 +11,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from passes.choices import WatchForChoices
+from passes.copying import copy_inputs
 from passes.errors import InputError
+from passes.examples import Arguments
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
+
+Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph
 
 LIMIT = 3 << 29  # bytes of values that batches hold at a stop
 
@@ -35,7 +40,7 @@ class Walk:
     Args:
         dense: an eval graph.
         small: the eval graph of a compressed form of the same model.
-        batches: the positional arguments of every batch, for the dense and for the compressed graph.
+        batches: the positional arguments of every batch for both graphs; asked for again where a batch starts anew.
         limit: bytes of values that the batches may hold at a stop.
 
     Raises:
@@ -46,7 +51,7 @@ class Walk:
         self,
         dense: fx.GraphModule,
         small: fx.GraphModule,
-        batches: list[tuple[tuple[Any, ...], tuple[Any, ...]]],
+        batches: Sequence[Pair],
         limit: int = LIMIT,
     ) -> None:
         """Compare the graphs, and note where each value is read last."""
@@ -78,16 +83,12 @@ class Walk:
 
     def at(self, stop: fx.Node) -> Iterator[Held]:
         """Bring every batch before `stop`, one after the other."""
-        held_bytes = sum(held.nbytes for held in self._held if held is not None)
-        for index, arguments in enumerate(self.batches):
-            held = self._held[index] or Held(self, arguments)
-            held_bytes -= held.nbytes if self._held[index] else 0
-            self._held[index] = None
+        for index in range(len(self.batches)):
+            held, self._held[index] = self._held[index] or Held(self, self.batches[index]), None
             held.advance(self.position[stop])
-            yield held
-            if held_bytes + held.nbytes <= self._limit:
+            if held.nbytes + sum(other.nbytes for other in self._held if other is not None) <= self._limit:
                 self._held[index] = held
-                held_bytes += held.nbytes
+            yield held
 
     def route(self, stop: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node] | None:
         """The nodes from `stop` on that lead to `wanted`, in order; None if they can't be computed on the side."""
@@ -111,18 +112,27 @@ class Walk:
 
 
 class Held:
-    """One batch on its way through both graphs, and the values that it still needs."""
+    """One batch on its way through both graphs, and the values that it still needs.
 
-    def __init__(self, walk: Walk, arguments: tuple[tuple[Any, ...], tuple[Any, ...]]) -> None:
+    Attributes:
+        chosen: whether the dense graph has chosen some of the data by their value up to here, so that rows of the two
+            graphs may not belong together.
+    """
+
+    def __init__(self, walk: Walk, arguments: Pair) -> None:
         """Start with the arguments of the batch."""
         self._walk = walk
-        self._arguments = arguments
         self._values: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
         self._next = 0
+        self.chosen = False
+        self._shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(arguments[1]) if hasattr(x, "shape"))
+        for values, own in zip(self._values, arguments, strict=True):
+            given = iter(copy_inputs(own))
+            values |= {node: next(given, *node.args) for node in walk.nodes if node.op == "placeholder"}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held, arguments left out."""
+        """Bytes of the tensors held."""
         leaves = (value for side in self._values for value in pytree.tree_leaves(list(side.values())))
         storages = {
             x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)
@@ -132,15 +142,14 @@ class Held:
     def advance(self, position: int) -> None:
         """Compute all nodes before `position`, dropping what nobody reads any more."""
         for side in (0, 1):
-            given = (x.clone() if isinstance(x, Tensor) else x for x in self._arguments[side])
-            for node in self._walk.nodes[self._next : position] if self._next < position else ():
-                if node.op == "placeholder":
-                    self._values[side][node] = next(given, *node.args)
-                elif node.op != "output":
-                    self._values[side][node] = self._compute(side, node, self._values[side])
-                for each in (node, *node.all_input_nodes):
-                    if self._walk.last[each] <= self._walk.position[node]:
-                        self._values[side].pop(each, None)
+            with WatchForChoices() as watch:
+                for node in self._walk.nodes[self._next : position] if self._next < position else ():
+                    if node.op not in ("placeholder", "output"):
+                        self._values[side][node] = self._compute(side, node, self._values[side])
+                    for each in (node, *node.all_input_nodes):
+                        if self._walk.last[each] <= self._walk.position[node]:
+                            self._values[side].pop(each, None)
+            self.chosen |= watch.seen
         self._next = position
 
     def value(self, side: int, node: fx.Node, stop: fx.Node) -> Any:
@@ -166,7 +175,4 @@ class Held:
             return replay.run_node(twin)
         except Exception as error:
             where = f"at layer {node.target!r}" if node.op == "call_module" else f"at {node.name!r}"
-            shapes = ", ".join(
-                str(tuple(x.shape)) for x in pytree.tree_leaves(self._arguments[side]) if hasattr(x, "shape")
-            )
-            raise InputError(f"data of shape {shapes} does not fit the model {where}: {error}") from error
+            raise InputError(f"data of shape {self._shapes} does not fit the model {where}: {error}") from error

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import nn
 
-from passes.budgeting import Curve, allocate, error_curve
+from passes.budgeting import Curve, achieved, allocate, error_curve, settle
 from passes.calibration import sample_at, surroundings_at
-from passes.copying import shadow
+from passes.copying import unhooked_copy
 from passes.errors import InputError
+from passes.examples import Arguments
 from passes.lowering import lower
+from passes.pairing import walkable_regions
 from passes.plan import LayerPlan
 from passes.random_state import preserved_random_state
 from passes.selection import target_of
 from passes.tandem import Walk
 from passes.trace import join
 from passes.unit import Unit
-from sgfx.calibration import walkable_regions
 from sgfx.counting import count_macs
 
 MEASURES = ("macs", "params")
 Budget = Mapping[str, float]
+TRIALS = 12  # of limits, where elimination takes away more than the ratios say
+TOLERANCE = 2e-3  # of the model's total
 
 
 def checked_budget(budget: object) -> tuple[str, float]:
@@ -45,7 +46,9 @@ def checked_budget(budget: object) -> tuple[str, float]:
     return measure, float(share)
 
 
-def spend(unit: Unit, budget: tuple[str, float], batches: list[Any]) -> None:
+def spend(
+    unit: Unit, budget: tuple[str, float], batches: list[Arguments], made: Callable[[Unit], nn.Module] | None = None
+) -> None:
     """Set the ratios of the unit's targets so that the budget is kept at the least error on the calibration data.
 
     Targets to which an override or ``linear_ratio`` gives a ratio keep it.
@@ -53,7 +56,9 @@ def spend(unit: Unit, budget: tuple[str, float], batches: list[Any]) -> None:
     Args:
         unit: a model that is analysed and grouped, but not pruned yet.
         budget: what is counted, and the share of the model's total that remains.
-        batches: inputs of the model.
+        batches: arguments of the model.
+        made: makes the model that the unit's targets lead to, where that is smaller than they say, since filters that
+            nobody reads are removed: the ratios are lowered until it meets the budget.
 
     Raises:
         InputError: the layers whose ratios are free can't bring the total down that far, or can't be measured.
@@ -68,16 +73,41 @@ def spend(unit: Unit, budget: tuple[str, float], batches: list[Any]) -> None:
             f"budget needs every layer in a traced part of the model that runs in eval mode, and {unknown[0]!r} is in "
             f"none ({len(unknown)} such layers): give them a ratio in overrides, or ignore them"
         )
-    fixed = sum(costs[path] * (1 - unit.targets[path].ratio) for path in unit.targets if path not in free)
-    rest = total - sum(costs.values()) + fixed
-    ratios = allocate([curves[path] for path in free], [costs[path] for path in free], share * total - rest)
-    if ratios is None:
+    pruned = {
+        path: achieved(unit.grouping[path], unit.targets[path].ratio) for path in unit.targets if path not in free
+    }
+    rest = total - sum(costs.values()) + sum(costs[path] * (1 - ratio) for path, ratio in pruned.items())
+    groups, prices = [unit.grouping[path] for path in free], [costs[path] for path in free]
+
+    def allot(limit: float) -> bool:
+        """Give the free layers the ratios at which they cost `limit` together; False if they can't cost so little."""
+        ratios = allocate([curves[path] for path in free], prices, limit)
+        for path, ratio in zip(free, () if ratios is None else settle(ratios, groups, prices, limit), strict=False):
+            unit.targets[path] = replace(unit.targets[path], ratio=ratio)
+        return ratios is not None
+
+    limit = share * total - rest
+    if not allot(limit):
         raise InputError(
             f"budget of {share:.3g} of all {measure} can't be kept: what is left alone or has a fixed ratio is "
             f"{rest / total:.3g} of them, and every other layer keeps something; raise the budget, or ignore less"
         )
-    for path, ratio in zip(free, ratios, strict=True):
-        unit.targets[path] = replace(unit.targets[path], ratio=ratio)
+    if made is not None:
+        _raise_limit(allot, limit, sum(prices), lambda: _count(made(unit), measure, unit, batches) / total - share)
+
+
+def _raise_limit(allot: Callable[[float], object], low: float, high: float, over: Callable[[], float]) -> None:
+    """Allot a limit between `low` and `high` after which the model is as little `over` its share as can be found."""
+    tried: list[tuple[float, float]] = []
+    for _ in range(TRIALS):
+        limit = low if not tried else (low + high) / 2
+        allot(limit)
+        missed = over()
+        tried.append((abs(missed), limit))
+        if abs(missed) < TOLERANCE:
+            return
+        low, high = (limit, high) if missed < 0 else (low, limit)
+    allot(min(tried)[1])
 
 
 def _is_free(unit: Unit, path: str) -> bool:
@@ -87,24 +117,30 @@ def _is_free(unit: Unit, path: str) -> bool:
     return low != high
 
 
-def _costs(unit: Unit, measure: str, batches: list[Any]) -> tuple[float, dict[str, float]]:
+def _costs(unit: Unit, measure: str, batches: list[Arguments]) -> tuple[float, dict[str, float]]:
     """The model's total, and what the connections of each target cost with nothing pruned."""
+    total = _count(unit.model, measure, unit, batches)
     if measure == "params":
         layers = {path: unit.model.get_submodule(path) for path in unit.targets}
-        costs = {path: float(layer.get_parameter("weight").numel()) for path, layer in layers.items()}
-        return float(sum(parameter.numel() for parameter in unit.model.parameters())), costs
-    counts = count_macs(unit.model, unit.settings.example_inputs or (batches[0],))
-    return float(counts[""]), {path: float(counts[path]) for path in unit.targets}
+        return total, {path: float(layer.get_parameter("weight").numel()) for path, layer in layers.items()}
+    counts = count_macs(unit.model, unit.settings.example_inputs or batches[0])
+    return total, {path: float(counts[path]) for path in unit.targets}
 
 
-def _curves(unit: Unit, batches: list[Any]) -> dict[str, Curve]:
+def _count(model: nn.Module, measure: str, unit: Unit, batches: list[Arguments]) -> float:
+    """The total of a model."""
+    if measure == "params":
+        return float(sum(parameter.numel() for parameter in model.parameters()))
+    return float(count_macs(model, unit.settings.example_inputs or batches[0])[""])
+
+
+def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
     """The error curve of each target, on the walk of the dense model beside itself."""
-    dense = shadow(unit.model).eval()
-    whole = copy.deepcopy(dense)
+    whole = unhooked_copy(unit.model).eval()
     lower(whole, {path: _whole(unit.model.get_submodule(path)) for path in unit.targets})
     curves: dict[str, Curve] = {}
     with preserved_random_state(), torch.no_grad():
-        for path, theirs, mine, pairs in walkable_regions(dense, whole, batches, unit.settings.leaf_modules):
+        for path, theirs, mine, pairs in walkable_regions(unit.model, whole, batches, unit.settings.leaf_modules):
             walk = Walk(theirs, mine, pairs)
             for stop in walk.stops():
                 name = join(path, str(stop.target))

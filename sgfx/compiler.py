@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from passes.adoption import adopt
 from passes.copying import copy_model
 from passes.errors import InputError
-from passes.examples import read_examples
+from passes.examples import Arguments, read_examples
 from passes.facts import Criterion, Settings
 from passes.manager import run_passes
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
@@ -18,7 +18,7 @@ from passes.plan import LayerPlan
 from passes.settings import LeafModules, as_inputs, check_model, checked_settings, resolved_leaves
 from passes.unit import Unit
 from sgfx.budgets import Budget, checked_budget, spend
-from sgfx.calibration import calibrate_on, on_device
+from sgfx.calibration import calibrate_on
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
@@ -99,13 +99,13 @@ def compile(
     batches = None
     if calibration is not None:
         check_model(model)
-        batches = on_device(read_examples(calibration, "calibration"), model)
+        batches = read_examples(calibration, "calibration", model)
     if step is not None:
         small = _compile_in_steps(model, step, finetune, options)
     elif finetune is not None:
         raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
     else:
-        small = _compile_at_once(model, options, share, batches)
+        small = _compile_at_once(model, options, share, batches, eliminate)
     if batches is not None:
         calibrate_on(model, small, batches, resolved_leaves(model, leaf_modules))
     if eliminate:
@@ -116,10 +116,11 @@ def compile(
     return model
 
 
-def eliminated(small: nn.Module, options: Mapping[str, Any]) -> None:
-    """Remove, in place, what nobody reads in a lowered model. The options are those of `compile`."""
+def eliminated(small: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """Remove, in place, what nobody reads in a lowered model, and return it. The options are those of `compile`."""
     inputs, leaves = as_inputs(options["example_inputs"]), resolved_leaves(small, options["leaf_modules"])
     run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
+    return small
 
 
 def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> Share:
@@ -138,26 +139,35 @@ def _share(ratio: float | None, budget: Budget | None, step: float | None, calib
     return checked_budget(budget)
 
 
-def _compile_at_once(model: M, options: dict[str, Any], share: Share, batches: list[Any] | None) -> M:
-    """Plan on the live model, which these passes only read, and lower a copy without the weights that go anyway."""
+def _compile_at_once(
+    model: M, options: dict[str, Any], share: Share, batches: list[Arguments] | None, eliminate: bool
+) -> M:
+    """Plan on the live model, which these passes only read, and lower a copy."""
     settings = checked_settings(model, **options)
-    plans = _planned(model, settings, share, batches)
+
+    def planned() -> dict[str, LayerPlan]:
+        """Graphs and importance vectors, as large as the weights, are gone when this returns."""
+        unit = Unit(model, settings)
+        run_passes((*ANALYSIS, *GROUPING), unit)
+        if share is not None and batches is not None:
+            spend(unit, share, batches, made if eliminate else None)
+        run_passes(PRUNING, unit)
+        return unit.plans
+
+    def made(unit: Unit) -> nn.Module:
+        run_passes(PRUNING, unit)
+        return eliminated(_lowered(model, settings, unit.plans), options)
+
+    return _lowered(model, settings, planned())
+
+
+def _lowered(model: M, settings: Settings, plans: dict[str, LayerPlan]) -> M:
+    """A copy of `model` with grouped layers, made without the weights that go anyway."""
     replaced = [cast(Tensor, model.get_submodule(path).weight) for path, plan in plans.items() if plan.grouped]
-    small = copy_model(model, shared=replaced)
-    unit = Unit(small, settings)
+    unit = Unit(copy_model(model, shared=replaced), settings)
     unit.plans = plans
     run_passes(LOWERING, unit)
-    return small
-
-
-def _planned(model: nn.Module, settings: Settings, share: Share, batches: list[Any] | None) -> dict[str, LayerPlan]:
-    """Plan every layer; graphs and importance vectors, as large as the weights, are gone when this returns."""
-    unit = Unit(model, settings)
-    run_passes((*ANALYSIS, *GROUPING), unit)
-    if share is not None and batches is not None:
-        spend(unit, share, batches)
-    run_passes(PRUNING, unit)
-    return unit.plans
+    return cast(M, unit.model)
 
 
 def _compile_in_steps(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.copying import unhooked_copy
+from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
-from passes.examples import read_examples
+from passes.examples import Arguments, read_examples
 from passes.random_state import preserved_random_state
-from sgfx.calibration import check_compiled, on_device
+from sgfx.calibration import check_compiled
 
 M = TypeVar("M", bound=nn.Module)
 BATCH = 64  # examples per step
@@ -25,35 +25,46 @@ SHIFT = 8  # images are shifted by up to this part of their size
 class Teacher:
     """The outputs of a dense model as targets, in place of labels.
 
-    The loss is the squared error of all outputs over the variance of the teacher's: 0 where they agree, about 1 where
-    the model says nothing. It has no temperature and asks nothing of what the outputs mean.
-
     Args:
-        dense: the model; a copy of it without hooks is run, in eval mode.
+        dense: the model; a copy of it without hooks is run, in eval mode, in single precision where it is in half.
     """
 
     def __init__(self, dense: nn.Module) -> None:
         """Make the copy."""
-        self._model = unhooked_copy(dense).eval()
+        self._model = _in_single_precision(unhooked_copy(dense)).eval()
 
-    def loss(self, inputs: Any, outputs: Any) -> Tensor:
-        """How far `outputs` are from the teacher's for the same `inputs`; differentiable in `outputs`.
+    def targets(self, *inputs: Any) -> Any:
+        """What the model gives for these inputs.
 
         Raises:
-            InputError: the outputs differ in structure or shape.
+            InputError: it can't be run on them.
         """
-        for tensor in _tensors(outputs):
+        for tensor in _tensors(inputs):
             self._model.to(tensor.device)
-        with torch.no_grad():
-            wanted = self._model(inputs)
-        pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
-        if [x.shape for x in _tensors(outputs)] != [x.shape for x in _tensors(wanted)] or not pairs:
-            raise InputError(
-                f"the model's outputs {_shapes(outputs)} can't be compared with the teacher's {_shapes(wanted)}: they "
-                "must be the same tensors of floating-point numbers"
-            )
-        errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
-        return torch.stack(errors).mean()
+        try:
+            with torch.no_grad():
+                return self._model(*_in_single_precision(copy_inputs(inputs)))
+        except Exception as error:
+            raise InputError(f"data of shape {_shapes(inputs)} do not fit the teacher: {error}") from error
+
+
+def distance(outputs: Any, wanted: Any) -> Tensor:
+    """How far `outputs` are from `wanted`: the squared error over the variance of what is wanted, over all tensors.
+
+    It is 0 where they agree, and about 1 where the outputs say nothing. It has no temperature and asks nothing of what
+    they mean. Differentiable in `outputs`.
+
+    Raises:
+        InputError: they differ in structure or shape.
+    """
+    pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
+    if [x.shape for x in _tensors(outputs)] != [x.shape for x in _tensors(wanted)] or not pairs:
+        raise InputError(
+            f"the model's outputs {_shapes(outputs)} can't be compared with the teacher's {_shapes(wanted)}: they "
+            "must be the same tensors of floating-point numbers"
+        )
+    errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
+    return torch.stack(errors).mean()
 
 
 def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: float = 1e-3) -> M:
@@ -61,7 +72,7 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
 
     Adam with a learning rate that falls to 0 along a cosine, on batches of 64; images ``[N, C, H, W]`` are flipped and
     shifted at random. The model is in eval mode meanwhile: norms keep their statistics, and their weights are trained.
-    Calibrate first: each brings what the other can't.
+    Half precision is trained in single precision. Calibrate first: each brings what the other can't.
 
     Args:
         dense: the model before `sgfx.compile`; it is not changed.
@@ -89,31 +100,46 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
 
 def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float) -> M:
     """The same for any `small` whose outputs have the form of the dense model's."""
-    draw = _drawer(on_device(read_examples(data, "data"), small))
-    work = unhooked_copy(small).eval()
-    trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
-    if not trained:
-        raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
-    with preserved_random_state(), torch.enable_grad():
-        _descend(work, trained, Teacher(dense), draw, steps, lr)
+    batches = read_examples(data, "data", small)
+    with torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
+        work = _in_single_precision(unhooked_copy(small)).eval()
+        trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
+        if not trained:
+            raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
+        _descend(work, trained, Teacher(dense), _drawer([_in_single_precision(x) for x in batches]), steps, lr)
     with torch.no_grad():
         for mine, theirs in zip(small.parameters(), work.parameters(), strict=True):
             mine.copy_(theirs)
     return small
 
 
+def _in_single_precision(value: Any) -> Any:
+    """A model, in place, or tensors, with float32 wherever they are in half precision: Adam's steps are lost there."""
+
+    def raised(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    return value._apply(raised) if isinstance(value, nn.Module) else pytree.tree_map(raised, value)  # type: ignore[no-untyped-call]
+
+
 def _descend(
-    model: nn.Module, trained: list[nn.Parameter], teacher: Teacher, draw: Callable[[], Any], steps: int, lr: float
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    teacher: Teacher,
+    draw: Callable[[], Arguments],
+    steps: int,
+    lr: float,
 ) -> None:
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         inputs = draw()
+        wanted = teacher.targets(*inputs)
         try:
-            outputs = model(inputs)
+            outputs = model(*inputs)
         except Exception as error:
             raise InputError(f"data of shape {_shapes(inputs)} do not fit the model: {error}") from error
-        loss = teacher.loss(inputs, outputs)
+        loss = distance(outputs, wanted)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss became {loss.item()} in step {step}; try an lr below {lr:g}")
         optimizer.zero_grad()
@@ -122,23 +148,25 @@ def _descend(
         schedule.step()
 
 
-def _drawer(batches: list[Any]) -> Callable[[], Any]:
+def _drawer(batches: list[Arguments]) -> Callable[[], Arguments]:
     """A function that draws the inputs of one step; every example comes once before any comes again."""
     generator = torch.Generator().manual_seed(0)
-    whole = all(isinstance(x, Tensor) and x.shape[1:] == batches[0].shape[1:] for x in batches)
-    examples = torch.cat(batches) if whole else None
-    count = len(batches) if examples is None else len(examples)
+    forms = [[x.shape[1:] if isinstance(x, Tensor) else None for x in given] for given in batches]
+    whole = None not in forms[0] and all(form == forms[0] for form in forms)
+    examples = [torch.cat(each) for each in zip(*batches, strict=True)] if whole else None
+    count = len(batches) if examples is None else len(examples[0])
     left = torch.empty(0, dtype=torch.int64)
 
-    def draw() -> Any:
+    def draw() -> Arguments:
         nonlocal left
         if not len(left):
             left = torch.randperm(count, generator=generator)
         if examples is None:
             (chosen,), left = left[:1].tolist(), left[1:]
-            return batches[chosen]
+            return tuple(copy_inputs(batches[chosen]))
         chosen, left = left[:BATCH], left[BATCH:]
-        return varied(examples[chosen.to(examples.device)], generator)
+        drawn = [x[chosen.to(x.device)] for x in examples]
+        return (varied(drawn[0], generator),) if len(drawn) == 1 else tuple(drawn)
 
     return draw
 

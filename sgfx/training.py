@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from passes.errors import InputError
 from passes.random_state import preserved_random_state
 from sgfx.acceleration import Precision, own_accelerator
-from sgfx.distillation import Teacher
+from sgfx.distillation import Teacher, distance
+from sgfx.history import EpochRecord, History
 from sgfx.schedules import Schedule, checked_schedule, learning_rate
 
 if TYPE_CHECKING:
@@ -31,32 +32,6 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
 
 Data: TypeAlias = Iterable[Any]  # of batches (inputs, targets), checked as they come
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch did.
-
-    Attributes:
-        epoch: its number, from 1.
-        lr: its learning rate.
-        loss: mean training loss per example, label smoothing included.
-        train_top1: share of training examples classified correctly, in [0, 1], each by the model as it was then.
-        val_top1: the same for the validation data after the epoch, or None without such data.
-    """
-
-    epoch: int
-    lr: float
-    loss: float
-    train_top1: float
-    val_top1: float | None
-
-
-@dataclass(frozen=True)
-class History:
-    """What `Trainer.fit` returns: one record for each epoch, in order."""
-
-    epochs: tuple[EpochRecord, ...]
 
 
 class Trainer:
@@ -79,7 +54,8 @@ class Trainer:
         epochs: passes over `train_data`, at least 1.
         lr: base learning rate, above 0.
         teacher: a model whose outputs are the targets of training, in place of the labels, such as the dense model that
-            `model` was compiled from; see `sgfx.distill`. Labels are then only counted against.
+            `model` was compiled from; see `sgfx.distill`. Labels are then only counted against, and the batches of
+            `train_data` may also be inputs alone.
         schedule: ``"constant"``, ``"cosine"`` (by epoch), or the epochs after which `lr` is divided by ten:
             ``(100, 150)``.
         momentum: of SGD, in [0, 1).
@@ -133,6 +109,8 @@ class Trainer:
         self._momentum = float(_number(momentum, "momentum", Real, 0, 1))
         self._weight_decay = float(_number(weight_decay, "weight_decay", Real, 0, math.inf))
         self._label_smoothing = float(_number(label_smoothing, "label_smoothing", Real, 0, 1))
+        if self._teacher is not None and self._label_smoothing:
+            raise InputError("label_smoothing is of labels, and a teacher's outputs take their place: leave one out")
         self._precision = _checked_precision(mixed_precision)
         self._seed = int(_number(seed, "seed", Integral, 0, 2**32))
         self._progress = progress
@@ -182,13 +160,18 @@ class Trainer:
         val_top1 = None if self._val_data is None else self._validate(accelerator, self._val_data, epoch)
         return EpochRecord(epoch, lr, loss, train_top1, val_top1)
 
-    def _train(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, epoch: int) -> tuple[float, float]:
+    def _train(
+        self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, epoch: int
+    ) -> tuple[float, float | None]:
         """One pass over the training data; returns mean loss and top-1."""
-        total, correct, count = 0.0, 0, 0
+        total, correct, labelled, count = 0.0, 0, 0, 0
         optimizer.zero_grad()  # of whatever the caller computed before
         for step, inputs, targets in self._batches(self._train_data, "train_data", epoch, accelerator):
+            wanted = None if self._teacher is None else self._teacher.targets(inputs)
+            if (epoch, step) == (1, 1) and wanted is not None:
+                self._compare(accelerator, inputs, wanted)
             logits = self._logits(accelerator, inputs, targets)
-            loss = self._loss(inputs, logits, targets)
+            loss = self._loss(logits, targets) if wanted is None else distance(logits, wanted)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(  # before the step: the weights are still those of the last finite loss
@@ -199,10 +182,18 @@ class Trainer:
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()  # after the step: a trained model should not carry its gradients about
-            total += value * len(targets)
-            correct += _hits(logits, targets)
-            count += len(targets)
-        return total / count, correct / count
+            total += value * len(logits)
+            count += len(logits)
+            if targets is not None:
+                correct += _hits(logits, targets)
+                labelled += len(targets)
+        return total / count, correct / labelled if labelled else None
+
+    def _compare(self, accelerator: Accelerator, inputs: Any, wanted: Any) -> None:
+        """Refuse a teacher with other outputs before training has moved anything, statistics of norms included."""
+        with _preserved_modes(self.model), torch.no_grad():
+            self.model.eval()
+            distance(self._logits(accelerator, inputs, None), wanted)
 
     def _validate(self, accelerator: Accelerator, data: Data, epoch: int) -> float:
         """Top-1 in eval mode."""
@@ -216,15 +207,17 @@ class Trainer:
                 count += len(targets)
         return correct / count
 
-    def _batches(
-        self, data: Data, name: str, epoch: int, accelerator: Accelerator
-    ) -> Iterator[tuple[int, Any, Tensor]]:
-        """Number, check and move the batches of one epoch."""
+    def _batches(self, data: Data, name: str, epoch: int, accelerator: Accelerator) -> Iterator[tuple[int, Any, Any]]:
+        """Number, check and move the batches of one epoch; where labels are not needed, targets may be None."""
         from accelerate.utils import send_to_device
 
         step = 0
         with tqdm(data, desc=name, unit="batch", leave=False, disable=not self._progress) as bar:
             for step, batch in enumerate(bar, 1):
+                if self._teacher is not None and name == "train_data" and _is_unlabelled(batch):
+                    inputs = batch if isinstance(batch, Tensor) else batch[0]
+                    yield step, send_to_device(inputs, accelerator.device), None
+                    continue
                 if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
                     kind = type(batch).__name__
                     given = f"{kind} of {len(batch)}" if isinstance(batch, tuple | list) else kind
@@ -240,20 +233,21 @@ class Trainer:
                 "(inputs, targets) anew each time; pass a DataLoader or a list (is the dataset empty, or drop_last on?)"
             )
 
-    def _logits(self, accelerator: Accelerator, inputs: Any, targets: Tensor) -> Tensor:
+    def _logits(self, accelerator: Accelerator, inputs: Any, targets: Tensor | None) -> Tensor:
         with accelerator.autocast():
             logits = self.model(inputs)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        fits = isinstance(logits, Tensor) and logits.dim() == 2
+        if not fits or (targets is not None and targets.shape != logits.shape[:1]):
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            labels = "inputs alone" if targets is None else list(targets.shape)
             raise InputError(
-                f"the model must give logits [N, classes] for targets [N], but gave {given} for {list(targets.shape)}; "
+                f"the model must give logits [N, classes] for targets [N], but gave {given} for {labels}; "
                 "targets are class indices, and a model with several outputs needs a wrapper that returns one"
             )
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
+        # Half precision is too coarse for a loss.
+        return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    def _loss(self, inputs: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        if self._teacher is not None:
-            return self._teacher.loss(inputs, logits)
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
 
 
@@ -266,6 +260,11 @@ def _preserved_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _is_unlabelled(batch: Any) -> bool:
+    """Whether a batch is inputs alone: a tensor, or a tuple or list of one."""
+    return isinstance(batch, Tensor) or (isinstance(batch, tuple | list) and len(batch) == 1)
 
 
 def _hits(logits: Tensor, targets: Tensor) -> int:

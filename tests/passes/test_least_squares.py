@@ -30,17 +30,17 @@ def test_primal_and_dual_are_the_augmented_least_squares(rows, inputs, filters, 
     )
     penalty = torch.tensor(0.3, dtype=torch.float64)
     expected = augmented(x, y, start, 0.3)
-    gram = x.T @ x
-    primal = solve(factor(gram, penalty), gram, x.T @ y, start)
+    left = y - x @ start.T
+    primal = start + solve(factor(x.T @ x, torch.arange(inputs), penalty), x.T @ left)
     torch.testing.assert_close(primal, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(solve_dual(x, y, start, penalty), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(start + solve_dual(x, left, penalty), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_inputs_of_zero_are_no_singular_matrix():
     gram = torch.zeros(3, 3, dtype=torch.float64)
-    start = torch.ones(2, 3, dtype=torch.float64)
-    solved = solve(factor(gram, ridge(gram.diagonal())), gram, torch.zeros(3, 2, dtype=torch.float64), start)
-    assert torch.equal(solved, start)
+    lower = factor(gram, torch.arange(3), ridge(gram.diagonal()))
+    assert torch.equal(solve(lower, torch.zeros(3, 2, dtype=torch.float64)), torch.zeros(2, 3, dtype=torch.float64))
+    assert not gram.any()  # the factor is made of a copy
 
 
 def test_clipped_targets_let_the_error_behind_a_relu_fall():

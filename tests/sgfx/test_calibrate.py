@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sgfx
 from passes import calibration
 from passes.surroundings import surroundings
-from tests.passes.test_calibrating_regions import Residual, images, made
+from tests.passes.test_calibrating_regions import Difference, Parts, Residual, images, made
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -157,6 +157,97 @@ def test_a_layer_that_is_called_twice_is_solved_for_both_calls():
     other = copy.deepcopy(small)
     other.head.load_state_dict(first[1].state_dict())
     assert error(dense, small, images(16)) < error(dense, other, images(16))
+
+
+def test_models_of_two_inputs_and_parts_called_by_keyword_are_calibrated():
+    x = images(16)
+    two = made(Difference())
+    small = sgfx.compile(two, groups=2, ratio=0.5, ignore="other", calibration=[(x, x.flip(2))])
+    assert not torch.equal(small.head.weight, sgfx.compile(two, groups=2, ratio=0.5, ignore="other").head.weight)
+    dense = made(Parts())
+    small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=images(1))
+    before = error(dense, small, images(seed=5))
+    sgfx.calibrate(dense, small, x)
+    assert error(dense, small, images(seed=5)) < 0.5 * before
+
+
+class Tokens(nn.Module):
+    """Linear layers over features, and norms over the tokens, as many as there are features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.first(self.stem(x)))))
+
+
+def test_a_norm_over_tokens_is_not_the_layers_own():
+    dense, tokens = made(Tokens()), images(16).flatten(1).view(-1, 6, 6)
+    small = sgfx.compile(dense, groups=2, ratio=0.25, overrides={"stem": {"ratio": 0.0}})
+    before = error(dense, small, tokens)
+    sgfx.calibrate(dense, small, tokens)
+    assert error(dense, small, tokens) < 0.7 * before
+    assert torch.equal(small.norm.running_mean, dense.norm.running_mean)
+
+
+def test_filters_that_the_norm_silences_keep_their_weights_and_means():
+    dense = made(Residual())
+    with torch.no_grad():
+        dense.bn1.weight[2:4] = 0
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    weight, mean = small.conv1.dense_weight().clone(), small.bn1.running_mean.clone()
+    sgfx.calibrate(dense, small, images(16))
+    same = (small.bn1.running_mean == mean).tolist()
+    assert [index for index, kept in enumerate(same) if kept] == [2, 3]
+    assert torch.equal(small.conv1.dense_weight()[2:4], weight[2:4])
+
+
+def test_what_a_users_hook_sees_is_aimed_at_itself():
+    dense = made(Sum())
+    seen = {}
+    dense.norm.register_forward_hook(lambda module, args, output: seen.update(norm=output))
+    options = {"groups": 2, "ratio": 0.75, "overrides": {"other": {"ratio": 0.0}}}
+    small = sgfx.compile(dense, calibration=images(16), **options)
+    outputs(dense, images(16)), seen.update(dense=seen["norm"])
+    outputs(small, images(16))
+    own = float((seen["norm"] - seen["dense"]).square().mean())
+    bent = sgfx.compile(made(Sum()), calibration=images(16), **options)
+    bent.norm.register_forward_hook(lambda module, args, output: seen.update(bent=output))
+    outputs(bent, images(16))
+    assert own < 1e-6 < 0.1 < float((seen["bent"] - seen["dense"]).square().mean())
+
+
+def test_a_shortcut_that_is_changed_in_place_behind_a_layer_is_read_as_it_is_then():
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.one(x)
+            return self.head(y + F.relu(x, inplace=True))
+
+    dense = made(Clipped())
+    small = sgfx.compile(dense, groups=2, ratio=0.0)
+    with torch.no_grad():
+        for layer in (small.one, small.head):
+            layer.weight.add_(0.1)
+    before = error(dense, small, images(16))
+    sgfx.calibrate(dense, small, images(16))
+    assert error(dense, small, images(16, seed=5)) < 1e-4 * before
+
+
+def test_calibrating_under_inference_mode():
+    dense = made(Residual())
+    small = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images(16))
+    with torch.inference_mode():
+        other = sgfx.calibrate(dense, sgfx.compile(dense, groups=2, ratio=0.5), images(16))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, small.state_dict()[name])
 
 
 def test_a_single_example_needs_no_dimension_for_the_batch():
@@ -328,6 +419,8 @@ def test_other_models_are_refused():
         sgfx.calibrate(dense, dense, images())
     with pytest.raises(sgfx.InputError, match="layer 'stem' of small is not in dense"):
         sgfx.calibrate(nn.Sequential(nn.Conv2d(3, 8, 3)), small, images())
+    with pytest.raises(sgfx.InputError, match="dense has been compiled itself: give the model from before"):
+        sgfx.calibrate(small, small, images())
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         sgfx.calibrate(dense, "small", images())
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import sgfx
-from sgfx.distillation import Teacher, varied
-from tests.passes.test_calibrating_regions import Residual, images, made
+from sgfx.distillation import Teacher, distance, varied
+from tests.passes.test_calibrating_regions import Difference, Residual, images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
 
@@ -18,10 +18,9 @@ def compiled(**options) -> tuple[nn.Module, nn.Module]:
 
 
 def test_the_loss_is_the_error_over_the_variance():
-    dense = nn.Identity()
     wanted = torch.tensor([[1.0, 3.0]])  # variance 1
-    assert Teacher(dense).loss(wanted, wanted + 0.5).item() == pytest.approx(0.25)
-    assert Teacher(dense).loss(wanted, wanted).item() == 0
+    assert distance(wanted + 0.5, wanted).item() == pytest.approx(0.25)
+    assert distance(wanted, wanted).item() == 0
 
 
 def test_outputs_in_dicts_and_lists_count_alike():
@@ -30,10 +29,10 @@ def test_outputs_in_dicts_and_lists_count_alike():
             return {"a": x, "b": [2 * x, 3]}
 
     x = torch.tensor([1.0, 3.0])
-    loss = Teacher(Two()).loss(x, {"a": x + 0.5, "b": [2 * x, 3]})
-    assert loss.item() == pytest.approx(0.125)
+    wanted = Teacher(Two()).targets(x)
+    assert distance({"a": x + 0.5, "b": [2 * x, 3]}, wanted).item() == pytest.approx(0.125)
     with pytest.raises(sgfx.InputError, match="can't be compared"):
-        Teacher(Two()).loss(x, x)
+        distance(x, wanted)
 
 
 def test_distilling_brings_the_outputs_closer_and_keeps_statistics():
@@ -90,6 +89,65 @@ def test_a_trainer_with_a_teacher_needs_no_right_labels(monkeypatch):
     wrong = [(x, torch.zeros(64, dtype=torch.int64))]
     sgfx.Trainer(small, wrong, epochs=30, lr=0.03, teacher=dense, progress=False, weight_decay=0.0).fit()
     assert error(dense, small, x) < 0.95 * was
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_distilled_in_single_precision(half):
+    x = images(64).float()
+    dense, small = compiled(calibration=x)
+    sgfx.distill(dense, small, x, steps=20, lr=3e-3)
+    dense_half, small_half = dense.to(half), compiled(calibration=x)[1].to(half)
+    sgfx.distill(dense_half, small_half, x.to(half), steps=20, lr=3e-3)
+    assert all(parameter.dtype == half for parameter in small_half.parameters())
+    near = torch.cat([parameter.detach().flatten() for parameter in small.parameters()])
+    found = torch.cat([parameter.detach().float().flatten() for parameter in small_half.parameters()])
+    assert float((near - found).abs().mean()) < 0.02 * float(near.abs().mean())
+
+
+def test_distilling_under_inference_mode_and_with_two_inputs():
+    x = images(64).float()
+    dense, small = compiled(calibration=x)
+    other = compiled(calibration=x)[1]
+    sgfx.distill(dense, small, x, steps=3)
+    with torch.inference_mode():
+        sgfx.distill(dense, other, x.clone(), steps=3)
+    assert_unchanged(other, state(small))
+    two = made(Difference()).float()
+    small = sgfx.compile(two, groups=2, ratio=0.5)
+    before = small.head.weight.clone()
+    sgfx.distill(two, small, [(x, x.flip(2), torch.zeros(64))], steps=3)
+    assert not torch.equal(small.head.weight, before)
+
+
+def test_a_trainer_with_a_teacher_needs_no_labels_at_all(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    x = images(64).float()
+    dense, _ = compiled()
+    found = []
+    for batches in ([(x, torch.zeros(64, dtype=torch.int64))], [x], [(x,)]):
+        small = compiled(calibration=x)[1]
+        history = sgfx.Trainer(small, batches, epochs=2, lr=0.01, teacher=dense, progress=False).fit()
+        found.append((history.epochs[-1], state(small)))
+    assert [record.train_top1 is None for record, _ in found] == [False, True, True]
+    for _, tensors in found[1:]:
+        assert all(torch.equal(tensor, found[0][1][name]) for name, tensor in tensors.items())
+
+
+def test_a_teacher_that_does_not_fit_moves_nothing(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    x = images(8).float()
+    _, small = compiled()
+    before = state(small)
+    for teacher, message in (
+        (nn.Sequential(nn.Flatten(), nn.Linear(108, 7)), r"outputs \[8, 5\] can't be compared with .* \[8, 7\]"),
+        (nn.Linear(99, 5), r"data of shape \[8, 3, 6, 6\] do not fit the teacher"),
+    ):
+        trainer = sgfx.Trainer(small, [x], epochs=1, lr=0.1, teacher=teacher, progress=False)
+        with pytest.raises(sgfx.InputError, match=message):
+            trainer.fit()
+        assert_unchanged(small, before)
+    with pytest.raises(sgfx.InputError, match="label_smoothing is of labels"):
+        sgfx.Trainer(small, [x], epochs=1, lr=0.1, teacher=nn.Linear(2, 2), label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from passes.errors import InputError
+from sgfx.history import EpochRecord
 from sgfx.schedules import checked_schedule, learning_rate
-from sgfx.training import EpochRecord, Trainer
+from sgfx.training import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,134 @@
+"""Pairing: the traced parts of a dense and a compressed model in the order in which they run, and what calls them.
+
+1. A model that is traced whole is called with the batches themselves.
+2. The arguments of a part are taken from runs of both models, the compressed one's when its turn has come, so that they
+   show what has been changed before. They are kept up to `LIMIT` bytes; beyond it the models are run again.
+3. Where the calls of the two models differ in number or shape, or one has chosen data by their value before
+   (`choices.py`; the proposals of a detector), rows would not belong together: both are given the dense model's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from passes.choices import WatchForChoices
+from passes.copying import copy_inputs, shadow
+from passes.examples import Arguments
+from passes.facts import Region
+from passes.regions import find_regions
+from passes.tandem import Pair
+
+LIMIT = 1 << 29  # bytes of arguments that are kept
+Calls = list[tuple[Arguments, bool]]  # of one run: the arguments of each call, and whether data were chosen before
+
+
+def walkable_regions(
+    dense: nn.Module, work: nn.Module, batches: list[Arguments], leaves: Collection[str]
+) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule, Sequence[Pair]]]:
+    """The traced parts that both models have, in the order in which they run.
+
+    Args:
+        dense: the dense model; a copy without hooks is run.
+        work: a compressed form of it, in eval mode, without hooks; its part may be changed before the next is asked
+            for.
+        batches: the arguments of the models.
+        leaves: paths of modules that are not to be traced into.
+
+    Yields:
+        The path, both eval graphs, and the arguments of every call for both.
+    """
+    quiet = shadow(dense).eval()
+    parts = _regions(dense, batches[0], leaves)
+    twins = {region.path: region for region in _regions(work, batches[0], leaves)}
+    for region in _in_order(quiet, [region for region in parts if region.path in twins], batches[0]):
+        pairs = _Pairs((quiet, work), region.path, batches) if region.path else [(each, each) for each in batches]
+        yield region.path, region.graphs["eval"], twins[region.path].graphs["eval"], pairs
+
+
+def _regions(model: nn.Module, example: Arguments, leaves: Collection[str]) -> tuple[Region, ...]:
+    """The regions of a model; the example is only run where it can't be traced whole."""
+    parts = find_regions(model, leaf_modules=leaves).parts
+    whole = [region.path for region in parts] == [""]
+    return parts if whole else find_regions(model, example, leaves).parts
+
+
+def _in_order(model: nn.Module, regions: list[Region], example: Arguments) -> list[Region]:
+    """`regions` in the order in which they are called; those that are not called are left out."""
+    if [region.path for region in regions] == [""]:
+        return regions
+    called: list[str] = []
+    with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)), torch.no_grad():
+        model(*copy_inputs(example))
+    return sorted((region for region in regions if region.path in called), key=lambda region: called.index(region.path))
+
+
+class _Pairs(Sequence[Pair]):
+    """The arguments of every call of the submodule at `path` in both models, over all batches."""
+
+    def __init__(self, models: tuple[nn.Module, nn.Module], path: str, batches: list[Arguments]) -> None:
+        self._models, self._path, self._batches = models, path, batches
+        self._kept: dict[int, tuple[Calls, Calls]] = {}
+        self._places: list[tuple[int, int]] = []  # of each call: its batch, and its number there
+        self._alike, free = True, LIMIT
+        for number in range(len(batches)):
+            both = self._run(number)
+            self._alike &= _alike(*both)
+            self._places += [(number, call) for call in range(len(both[0]))]
+            free -= _nbytes(both)
+            if free >= 0:
+                self._kept[number] = both
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        number, call = self._places[index]
+        theirs, mine = self._kept.get(number) or self._run(number)
+        return theirs[call][0], (mine if self._alike else theirs)[call][0]
+
+    def _run(self, number: int) -> tuple[Calls, Calls]:
+        theirs, mine = (_calls(model, self._path, self._batches[number]) for model in self._models)
+        return theirs, mine
+
+
+def _calls(model: nn.Module, path: str, batch: Arguments) -> Calls:
+    """Run one batch, and note the calls of the submodule at `path`."""
+    found: Calls = []
+    watch = WatchForChoices()
+    with _tapped(model, [path], lambda _, given: found.append((given, watch.seen))), torch.no_grad(), watch:
+        model(*copy_inputs(batch))
+    return found
+
+
+@contextmanager
+def _tapped(model: nn.Module, paths: list[str], note: Callable[[str, Arguments], object]) -> Iterator[None]:
+    """Call ``note(path, arguments)`` whenever the submodule at one of `paths` is called; all arguments by position."""
+
+    def hook_for(path: str) -> Callable[[nn.Module, Arguments, dict[str, Any]], None]:
+        signature = inspect.signature(model.get_submodule(path).forward)
+        return lambda _, args, kwargs: (note(path, signature.bind(*args, **kwargs).args), None)[1]
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook_for(path), with_kwargs=True) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(theirs: Calls, mine: Calls) -> bool:
+    """Whether the calls of two runs are known to be about the same, row by row."""
+    (left, one), (right, other) = (pytree.tree_flatten([given for given, _ in calls]) for calls in (theirs, mine))
+    shapes = [[x.shape if isinstance(x, Tensor) else x for x in side] for side in (left, right)]
+    return one == other and shapes[0] == shapes[1] and not any(chosen for _, chosen in theirs + mine)
+
+
+def _nbytes(value: object) -> int:
+    return sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(value) if isinstance(x, Tensor))

@@ -20,7 +20,7 @@ from passes.copying import copy_inputs, copy_model
 from passes.errors import InputError
 from passes.facts import Region, Regions, Settings
 from passes.freezing.chaining import chain
-from passes.freezing.choosing import checked_strategy, choose, chosen_layers, layer_macs
+from passes.freezing.choosing import checked_strategy, choose, chosen_layers, layer_sizes
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
 from passes.freezing.fused import Recipe
@@ -84,13 +84,12 @@ def freeze(
         if decisions is None and given is not None and not _fits(given, parts):
             given = None
         measured = strategy is None and given is None
-        twins = [part.twin() for part in parts] if measured else []
+        twins = [[part.twin() for part in parts] for _ in range(2)] if measured else []
         frozen, made = _assembled(small, parts, strategy, given)
         if decisions is not None and given is not None:
             _check_names(given, made)
         if measured:
-            library, _ = _assembled(small, twins, "library", None)
-            frozen, made = _faster(frozen, library, made, inputs)
+            frozen, made = _fastest(small, frozen, made, twins, inputs)
     made = replace(made, note=made.note or note)
     if measured:
         attach_decisions(model, made)
@@ -138,8 +137,9 @@ def _check_weights(model: nn.Module) -> None:
 
 def _fits(given: Decisions, parts: Sequence[_Part]) -> bool:
     """Whether decisions that came with the model were made for these layers, as they are now, at these sizes."""
-    macs = {path: count for part in parts for path, count in layer_macs(part.graph).items()}
-    return all(path in given.layers and given.layers[path].macs == count for path, count in macs.items())
+    sizes = {path: size for part in parts for path, size in layer_sizes(part.graph).items()}
+    known = {path: (layer.macs, layer.shape) for path, layer in given.layers.items()}
+    return all(known.get(path) == size for path, size in sizes.items())
 
 
 def _check_names(given: Decisions, made: Decisions) -> None:
@@ -251,21 +251,36 @@ def _filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(pytree.tree_map(fill, arguments))
 
 
-def _faster(
-    frozen: nn.Module, library: nn.Module, made: Decisions, inputs: tuple[object, ...]
+def _fastest(
+    small: nn.Module, frozen: nn.Module, made: Decisions, twins: list[list[_Part]], inputs: tuple[object, ...]
 ) -> tuple[nn.Module, Decisions]:
-    """The faster of the chosen form and the library alone, by the median over interleaved calls of the whole."""
-    times: dict[str, list[float]] = {"chosen": [], "library alone": []}
+    """The fastest form of the whole, by the median over interleaved calls: as chosen, dense, or the library alone.
+
+    Dense is what `freeze` would choose for the dense network, but for filters that nobody reads here. `twins` are the
+    parts anew, as often as there are other forms.
+    """
+    forms = {"chosen": (frozen, made.layers, "")}
+    ungrouped = {path: layer.without_groups() for path, layer in made.layers.items()}
+    if ungrouped != made.layers:
+        dense, _ = _assembled(small, twins.pop(), None, replace(made, layers=ungrouped))
+        forms["dense"] = dense, ungrouped, "regrouping is not faster here: each layer is run with its dense weight"
+    library = {path: replace(d, way="library", tiling=()) for path, d in made.layers.items()}
+    note = "the library alone is faster than what was chosen layer by layer: its form is returned"
+    forms["library alone"] = _assembled(small, twins.pop(), "library", None)[0], library, note
+    times = _interleaved({name: form for name, (form, _, _) in forms.items()}, inputs)
+    best = min(times, key=times.__getitem__)
+    form, layers, note = forms[best]
+    return form, Decisions(made.machine, layers, times, note)
+
+
+def _interleaved(forms: Mapping[str, nn.Module], inputs: tuple[object, ...]) -> dict[str, float]:
+    """Median milliseconds of a call of each form, called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
     with torch.no_grad():
         for index in range(7):
-            for name, form in (("chosen", frozen), ("library alone", library)):
+            for name, form in forms.items():
                 start = time.perf_counter()
                 form(*inputs)
                 if index:
                     times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    if medians["chosen"] <= medians["library alone"]:
-        return frozen, Decisions(made.machine, made.layers, medians)
-    layers = {path: type(d)("library", (), d.milliseconds, d.macs) for path, d in made.layers.items()}
-    note = "the library alone is faster than what was chosen layer by layer: its form is returned"
-    return library, Decisions(made.machine, layers, medians, note)
+    return {name: statistics.median(each) for name, each in times.items()}

@@ -1,6 +1,7 @@
 """Choosing: every layer is run in the way that is fastest on its real shape. Here, and only here, is time measured.
 
-1. The candidates of a layer are the library, the library with channels last, and the kernel with a few tilings.
+1. The candidates of a layer are the library, the library with channels last, and the kernel with a few tilings; of a
+   regrouped layer also the kernel with the dense weight, with zeros where it is pruned.
 2. They are timed in turn, round by round, on random inputs of the shapes that the example inputs lead to; the least
    median wins.
 3. Decisions that are given are taken as they are; layers that they don't name are measured.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.errors import InputError
+from passes.exportable import dense_layer
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.fused import LastPool, LibraryLayer, Recipe
+from passes.layers.grouped import Grouped
 from passes.plan import attach_plan, plan_of
 from passes.shapes import Interpreter
 
@@ -64,14 +67,15 @@ def choose(
     return decided
 
 
-def layer_macs(graph: fx.GraphModule) -> dict[str, int]:
-    """Multiply-adds of each layer that `choose` would decide about, for the shapes that the graph has."""
-    macs: dict[str, int] = {}
+def layer_sizes(graph: fx.GraphModule) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Multiply-adds and input shape of each layer that `choose` would decide about, for the shapes of the graph."""
+    sizes: dict[str, tuple[int, tuple[int, ...]]] = {}
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Recipe):
-            macs[_name(module.path, macs)] = _macs(module, node.all_input_nodes[0].meta["val"].shape)
-    return macs
+            shape = node.all_input_nodes[0].meta["val"].shape
+            sizes[_name(module.path, sizes)] = _macs(module, shape), tuple(shape)
+    return sizes
 
 
 def chosen_layers(model: nn.Module) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _choose_pool(
         candidates["channels_last"] = partial(LastPool, pool)
     if given is None or given.way not in candidates:
         times = _measured(candidates, inputs)
-        given = LayerDecision(min(times, key=times.__getitem__), milliseconds=times)
+        given = LayerDecision.of(min(times, key=times.__getitem__), times)
     return candidates[given.way](), given
 
 
@@ -136,35 +140,30 @@ def _name(path: str, decided: Mapping[str, object]) -> str:
 def _choose_one(
     recipe: Recipe, inputs: tuple[Tensor, ...], strategy: str | None, given: LayerDecision | None
 ) -> tuple[Any, LayerDecision]:
-    macs = _macs(recipe, inputs[0].shape)
+    sizes: dict[str, Any] = {"macs": _macs(recipe, inputs[0].shape), "shape": tuple(inputs[0].shape)}
     if strategy == "library" and given is None:
-        return LibraryLayer(recipe), LayerDecision("library", macs=macs)
+        return LibraryLayer(recipe), LayerDecision("library", **sizes)
     candidates = _candidates(recipe, inputs)
     if given is not None:
-        measured = given.milliseconds if given.macs == macs else {}
-        return _as_given(recipe, candidates, given), replace(given, macs=macs, milliseconds=measured)
+        measured = given.milliseconds if (given.macs, given.shape) == tuple(sizes.values()) else {}
+        return _as_given(candidates, given), replace(given, milliseconds=measured, **sizes)
     kernels = [name for name in candidates if name.startswith("kernel")]
     if (not kernels and strategy == "kernel") or len(candidates) == 1:
-        return candidates["library"](), LayerDecision("library", macs=macs)
+        return candidates["library"](), LayerDecision("library", **sizes)
     if strategy == "kernel":
         candidates = {name: candidates[name] for name in kernels}
     times = _measured(candidates, inputs)
-    best = min(times, key=times.__getitem__)
-    way, *tiling = best.split()
-    return candidates[best](), LayerDecision(way, tuple(map(int, tiling)), times, macs)
+    return candidates[fastest := min(times, key=times.__getitem__)](), LayerDecision.of(fastest, times, **sizes)
 
 
-def _as_given(recipe: Recipe, candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision) -> nn.Module:
+def _as_given(candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision) -> nn.Module:
     """The form that a decision names, with its tiling even if that would not be tried here."""
-    kernel = next((name for name in candidates if name.startswith("kernel")), None)
-    if given.way != "kernel":
-        return candidates.get(given.way, candidates["library"])()
-    if kernel is None:
-        return candidates["library"]()
-    from passes.kernel import Tiling
+    way = next((name for name in candidates if name.split()[0] == given.way), "library")
+    chosen: Any = candidates[way]()
+    if given.tiling and way != "library":
+        from passes.kernel import Tiling
 
-    chosen: Any = candidates[kernel]()
-    chosen.form = replace(chosen.form, tiling=Tiling(*given.tiling))
+        chosen.form = replace(chosen.form, tiling=Tiling(*given.tiling))
     return chosen  # type: ignore[no-any-return]
 
 
@@ -175,19 +174,28 @@ def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callabl
     if x.dim() == 4 and not linear and x.device.type == "cpu":
         found["channels_last"] = lambda: LibraryLayer(recipe, channels_last=True)
     if kernel_obstacle(recipe, inputs[0]) is None:
-        from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
-        from passes.kernel.packing import Tables
-
-        scale, shift = (None if x is None else x.to(inputs[0].dtype) for x in (recipe.scale, recipe.shift))
-        first = pack_layer(recipe.layer, scale=scale, shift=shift, ends=recipe.ends, activation=recipe.activation)
-
-        def packed(tiling: Tiling) -> PackedConv2d:
-            return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))
-
         shape = (x.shape[:-1].numel(), x.shape[-1], 1, 1) if linear else x.shape
-        for tiling in tilings(first, shape):
-            found[f"kernel {tiling.strip} {tiling.tasks}"] = partial(packed, tiling)
+        found.update(_kernels("kernel", recipe, recipe.layer, shape))
+        if isinstance(recipe.layer, Grouped):
+            found.update([next(_kernels("dense", recipe, dense_layer(recipe.layer), shape))])
     return found
+
+
+def _kernels(
+    way: str, recipe: Recipe, layer: nn.Module, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """A layer with what the recipe has fused into it, packed for the kernel, with each tiling that is worth timing."""
+    from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
+    from passes.kernel.packing import Tables
+
+    scale, shift = (None if x is None else x.float() for x in (recipe.scale, recipe.shift))
+    first = pack_layer(layer, scale=scale, shift=shift, ends=recipe.ends, activation=recipe.activation)
+
+    def packed(tiling: Tiling) -> PackedConv2d:
+        return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))
+
+    for tiling in tilings(first, shape):
+        yield f"{way} {tiling.strip} {tiling.tasks}", partial(packed, tiling)
 
 
 def kernel_obstacle(recipe: Recipe, x: Tensor) -> str | None:

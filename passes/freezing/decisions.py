@@ -15,7 +15,7 @@ from passes.errors import InputError
 
 _KEY = "_sgfx_decisions"
 VERSION = 1
-WAYS = ("library", "channels_last", "kernel")
+WAYS = ("library", "channels_last", "kernel", "dense")
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,27 @@ class LayerDecision:
     """How one layer is run.
 
     Attributes:
-        way: ``"library"``, ``"channels_last"`` (the library in that memory format) or ``"kernel"``.
+        way: ``"library"``, ``"channels_last"`` (the library in that memory format), ``"kernel"``, or ``"dense"``, the
+            kernel with the dense weight of a regrouped layer.
         tiling: of the kernel: vectors of a strip, tasks per thread; empty for the library.
         milliseconds: what each candidate took, by its name; empty if nothing was measured.
         macs: multiply-adds for the example inputs.
+        shape: of the input, for the example inputs.
     """
 
     way: str
     tiling: tuple[int, ...] = ()
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     macs: int = 0
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, milliseconds: Mapping[str, float], macs: int = 0, shape: tuple[int, ...] = ()
+    ) -> LayerDecision:
+        """The decision for the candidate with this name."""
+        way, *tiling = name.split()
+        return cls(way, tuple(map(int, tiling)), milliseconds, macs, shape)
 
     @property
     def name(self) -> str:
@@ -47,7 +58,16 @@ class LayerDecision:
     @property
     def ms_library(self) -> float | None:
         """What the library took with the dense weight, at best; None if it was not measured."""
-        return min((ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")), default=None)
+        library = ("library", "channels_last")
+        return min((ms for name, ms in self.milliseconds.items() if name in library), default=None)
+
+    def without_groups(self) -> LayerDecision:
+        """The fastest way that was measured for a regrouped layer with its dense weight; others stay as they are."""
+        if not any(name.startswith("dense") for name in self.milliseconds):
+            return self
+        ungrouped = {name: ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")}
+        fastest = min(ungrouped, key=ungrouped.__getitem__)
+        return LayerDecision.of(fastest, self.milliseconds, self.macs, self.shape)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,8 @@ class Decisions:
     Attributes:
         machine: what it was measured on.
         layers: by module path (with ``#2``, … for further calls of a layer).
-        milliseconds: the whole model as chosen, and with the library alone; empty if nothing was measured.
+        milliseconds: the whole model as chosen, with dense weights alone, and with the library alone; empty if nothing
+            was measured.
         note: what is worth knowing about the choice, or "".
     """
 
@@ -81,7 +102,9 @@ class Decisions:
             if data["version"] != VERSION:
                 raise InputError(f"decisions have version {data['version']}, this sgfx reads version {VERSION}")
             layers = {
-                path: LayerDecision(d["way"], tuple(d["tiling"]), dict(d["milliseconds"]), int(d["macs"]))
+                path: LayerDecision(
+                    d["way"], tuple(d["tiling"]), dict(d["milliseconds"]), int(d["macs"]), tuple(d.get("shape", ()))
+                )
                 for path, d in data["layers"].items()
             }
             for path, layer in layers.items():
@@ -113,10 +136,10 @@ class Decisions:
 def _check(path: str, layer: LayerDecision) -> None:
     """Refuse what names no way to run a layer."""
     whole = all(isinstance(number, int) and number > 0 for number in layer.tiling)
-    if layer.way not in WAYS or not whole or len(layer.tiling) != (2 if layer.way == "kernel" else 0):
+    if layer.way not in WAYS or not whole or len(layer.tiling) != (2 if layer.way in ("kernel", "dense") else 0):
         raise InputError(
-            f"the decision for layer {path!r} must be one of {', '.join(WAYS)}, the last with a tiling of two positive "
-            f"integers, not {layer.name!r}"
+            f"the decision for layer {path!r} must be one of {', '.join(WAYS)}, the last two with a tiling of two "
+            f"positive integers, not {layer.name!r}"
         )
 
 

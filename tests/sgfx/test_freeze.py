@@ -510,7 +510,71 @@ def test_decisions_given_for_other_sizes_keep_the_ways_and_not_the_times():
         assert not found.layers[path].milliseconds
 
 
-@pytest.mark.parametrize(("way", "tiling"), [("foo", []), ("kernel", [0, 4]), ("kernel", [28]), ("library", [28, 4])])
+def test_decisions_of_other_sizes_with_as_many_macs_are_not_taken():
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    made = sgfx.freeze(model, torch.rand(4, 3, 16, 16)).decisions
+    found = sgfx.freeze(model, torch.rand(1, 3, 32, 32)).decisions
+    assert found.layers["0"].macs == made.layers["0"].macs
+    assert found.layers["0"].shape == (1, 3, 32, 32)
+    assert found.layers["0"].milliseconds != made.layers["0"].milliseconds
+
+
+def pretend(monkeypatch, fastest: dict[str, float], whole: dict[str, float] | None = None) -> None:
+    """Let candidates take the milliseconds of their ways, and whole models those of their names."""
+    monkeypatch.setattr(
+        "passes.freezing.choosing._measured",
+        lambda candidates, _: {name: fastest.get(name.split()[0], 9.0) for name in candidates},
+    )
+    if whole is not None:
+        monkeypatch.setattr("sgfx.freezing._interleaved", lambda forms, _: {name: whole[name] for name in forms})
+
+
+@needs_kernel
+def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(monkeypatch):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)
+    pretend(monkeypatch, {"dense": 1.0}, {"chosen": 1.0, "library alone": 2.0})
+    frozen = sgfx.freeze(small, IMAGES)
+    layers = frozen.decisions.layers
+    assert {path for path, layer in layers.items() if layer.way == "dense"} == {"conv1", "conv2", "down", "head"}
+    assert all(len(layer.tiling) == 2 for path, layer in layers.items() if layer.way == "dense")
+    assert error(frozen, small, IMAGES) < 1e-5
+    assert sgfx.report(Block(), frozen, IMAGES).macs < sgfx.report(Block(), Block(), IMAGES).macs  # as the plan counts
+    again = sgfx.freeze(small, IMAGES, decisions=json.loads(json.dumps(frozen.decisions.to_dict())))
+    assert again.decisions.layers == layers
+    assert torch.equal(again(IMAGES), frozen(IMAGES))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("whole", "ways", "note"),
+    [
+        ({"chosen": 1.0, "dense": 2.0, "library alone": 3.0}, {"kernel"}, ""),
+        ({"chosen": 2.0, "dense": 1.0, "library alone": 3.0}, {"dense"}, "regrouping is not faster here"),
+        ({"chosen": 3.0, "dense": 2.0, "library alone": 1.0}, {"library"}, "the library alone is faster"),
+    ],
+)
+def test_a_whole_that_is_not_faster_than_dense_is_run_densely(monkeypatch, whole, ways, note):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    pretend(monkeypatch, {"kernel": 1.0, "dense": 2.0}, whole)
+    frozen = sgfx.freeze(small, IMAGES)
+    assert {frozen.decisions.layers[path].way for path in ("conv1", "conv2", "down")} == ways
+    assert frozen.decisions.note.startswith(note)
+    assert bool(frozen.decisions.note) == bool(note)
+    assert frozen.decisions.milliseconds == whole
+    assert error(frozen, small, IMAGES) < 1e-5
+    assert sgfx.freeze(small, IMAGES).decisions.layers == frozen.decisions.layers  # they came with the model
+
+
+@needs_kernel
+def test_of_a_dense_model_there_is_no_denser_form(monkeypatch):
+    pretend(monkeypatch, {"kernel": 1.0}, {"chosen": 1.0, "library alone": 3.0})
+    frozen = sgfx.freeze(trained(Block()), IMAGES)
+    assert list(frozen.decisions.milliseconds) == ["chosen", "library alone"]
+
+
+@pytest.mark.parametrize(
+    ("way", "tiling"), [("foo", []), ("dense", []), ("kernel", [0, 4]), ("kernel", [28]), ("library", [28, 4])]
+)
 def test_decisions_that_name_no_way(way, tiling):
     data = sgfx.freeze(trained(Block()), IMAGES, strategy="library").decisions.to_dict()
     data["layers"]["stem"] |= {"way": way, "tiling": tiling}

@@ -26,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.cut import works_on_filters
 from passes.errors import InputError
 from passes.least_squares import clipped_targets, factor, ridge, solve, solve_dual
-from passes.surroundings import Surroundings, affine, is_per_filter, surroundings
-from passes.tandem import Pair, Walk, module_of
+from passes.norms import scale_and_shift
+from passes.operations import module_of
+from passes.surroundings import Surroundings, surroundings
+from passes.tandem import Pair, Walk
 from passes.unfolding import input_rows, output_positions, output_rows
 
 MAX_ROWS = 1 << 15
@@ -114,7 +117,9 @@ def surroundings_at(walk: Walk, stop: fx.Node) -> Surroundings:
     y = held.value(0, stop, stop)
     if norm is not None:
         shared = sum(node.target == norm.target for node in walk.nodes) > 1
-        if shared or not is_per_filter(walk.module(norm), walk.module(stop), y):
+        after: Any = walk.module(norm)
+        layer: Any = walk.module(stop)
+        if shared or not works_on_filters(after, layer, y.dim()):
             return Surroundings(None, None, False)
     if other is not None and (walk.route(stop, [other]) is None or not _fits(held.value(0, other, stop), y)):
         return Surroundings(norm, None, False)
@@ -157,7 +162,7 @@ def _fits(other: object, y: Tensor) -> bool:
 def _affine(graph: fx.GraphModule, norm: fx.Node | None, layer: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift behind a layer in one of the graphs: of the norm there, or 1 and 0."""
     if norm is not None:
-        return affine(module_of(graph, norm))
+        return scale_and_shift(module_of(graph, norm))
     ones = torch.ones(layer._dense_shape[0], dtype=torch.float64, device=layer.weight.device)
     return ones, torch.zeros_like(ones)
 

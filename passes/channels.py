@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from passes.cut import channel_counts, is_cuttable, is_depthwise, is_norm, present_plan
+from passes.cut import channel_counts, is_cuttable, is_depthwise, present_plan
 from passes.facts import Region, Regions
 from passes.labels import compact
 from passes.layers.grouped import Grouped
 from passes.matching import holders_of
+from passes.norms import is_norm
 from passes.plan import LayerPlan
 from passes.regions import COUNTS, find_regions, mentions
 from passes.shapes import find_shapes

@@ -18,10 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from passes.errors import InputError
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.surgery import replace_module, shallow_copy
+from passes.norms import is_frozen_norm, is_norm
 from passes.plan import LayerPlan, plan_of
 
 _KEY = "_sgfx_cut"
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +55,6 @@ def apply_cuts(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
         replace_module(model, path, module)
 
 
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is torchvision's FrozenBatchNorm2d (recognised by name: torchvision need not be imported)."""
-    kind = type(module)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops.")
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm that treats every channel by itself, so that channels can be cut."""
-    return type(module) in NORMS or is_frozen_norm(module)
-
-
 def is_cuttable(module: nn.Module) -> bool:
     """Whether a module is a layer or norm whose channels can be cut, going by its class."""
     if isinstance(module, _ConvNd) and module.groups > 1:
@@ -89,6 +78,15 @@ def channel_dim(module: nn.Module, dims: int) -> int:
     if is_norm(module):
         return 1
     return dims - 1 - len(getattr(module, "kernel_size", ()))
+
+
+def works_on_filters(norm: nn.Module, layer: nn.Module, dims: int) -> bool:
+    """Whether a norm scales the filters of the layer before it, whose output has `dims` dimensions.
+
+    A linear layer's filters lie in the last one, a convolution's without a batch in the first; a norm works on the
+    second. torchvision's frozen norm takes batches of pictures alone.
+    """
+    return channel_dim(layer, dims) == channel_dim(norm, dims) and (dims == 4 or not is_frozen_norm(norm))
 
 
 def is_depthwise(module: nn.Module) -> bool:

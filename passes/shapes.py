@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
 from torch.utils import _pytree as pytree
 
-from passes.cut import channel_counts, is_norm
+from passes.cut import channel_counts
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
+from passes.norms import is_norm
 from passes.random_state import preserved_random_state
 
 # Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.

@@ -23,15 +23,11 @@ from passes.errors import InputError
 from passes.examples import Arguments
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
+from passes.operations import module_of
 
 Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph
 
 LIMIT = 3 << 29  # bytes of values that batches hold at a stop
-
-
-def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or None if it calls none."""
-    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 class Walk:

@@ -22,10 +22,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import shadow
-from passes.cut import is_frozen_norm
 from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
+from passes.norms import is_frozen_norm
 from passes.parameters import ParameterWatch
 from passes.random_state import preserved_random_state
 from passes.shapes import forget_shapes, propagate_shapes

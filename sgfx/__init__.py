@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sgfx.files import load, save
     from sgfx.freezing import freeze
     from sgfx.pruner import Pruner, Step
-    from sgfx.reporting import Report, Share, report
+    from sgfx.reporting import report
+    from sgfx.reports import Report, Share
     from sgfx.training import Trainer
     from sgfx.verification import Verification, verify
 
@@ -31,8 +32,8 @@ _HOMES = {
     "LayerPlan": "passes.plan",
     "PassError": "passes.errors",
     "Pruner": "sgfx.pruner",
-    "Report": "sgfx.reporting",
-    "Share": "sgfx.reporting",
+    "Report": "sgfx.reports",
+    "Share": "sgfx.reports",
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training",
     "Verification": "sgfx.verification",

@@ -1,7 +1,6 @@
 """Modules of the inference form that call the library: a layer with what follows it, a norm on its own, a pooling.
 
-A batch norm in eval mode is ``y = scale · x + shift`` with ``scale = weight / √(running_var + eps)`` and
-``shift = bias − running_mean · scale``; behind a layer, the scale goes into its filters and the shift into its bias.
+The scale of a norm behind a layer goes into the layer's filters, and its shift into the bias.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from passes.cut import Cut, smaller
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import shallow_copy
+from passes.norms import scale_and_shift
 
 # What the kernel and the library can both do in place on a fresh result.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,15 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": lambda y: F.hardswish(y, inplace=True),
     "silu": lambda y: F.silu(y, inplace=True),
 }
-
-
-def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a batch norm (or torchvision's frozen one) in eval mode multiplies each channel by, and adds to it."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight.detach()
-    shift = -norm.running_mean.double() * scale
-    shift = shift if norm.bias is None else shift + norm.bias.detach()
-    return scale, shift
 
 
 class Recipe(nn.Module):

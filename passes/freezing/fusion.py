@@ -15,25 +15,18 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.cut import is_frozen_norm, is_norm
+from passes.cut import works_on_filters
 from passes.facts import Region
 from passes.freezing.fused import FusedNorm, Recipe
 from passes.layers.grouped import GROUPED, Grouped
 from passes.mutation import is_unchanged
+from passes.norms import is_affine
+from passes.operations import activation_of, is_sum, module_of
 
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
-ACTIVATION_CALLS = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
-}  # fmt: skip
 
 
 def fuse(region: Region, like: Tensor) -> fx.GraphModule:
@@ -55,7 +48,7 @@ class _Place:
         self.region, self.graph, self.node, self.like = region, graph, node, like
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module_of(self.graph, node)
 
     def recipe(self, node: object) -> Recipe | None:
         """The recipe whose result nobody but this node reads."""
@@ -103,29 +96,18 @@ def _make_recipes(place: _Place) -> None:
         place.put(Recipe(module, place.region.module_path(place.node)), place.node.args)
 
 
-def _is_affine(module: nn.Module | None) -> bool:
-    """Whether a module is a norm that uses running statistics in eval mode."""
-    if module is None or not is_norm(module):
-        return False
-    return is_frozen_norm(module) or (isinstance(module, _BatchNorm) and module.running_mean is not None)
-
-
 def _fold_norms(place: _Place) -> None:
     norm = place.module(place.node)
     recipe = place.recipe(place.node.args[0]) if place.node.args else None
-    if _is_affine(norm) and norm is not None and recipe is not None and _same_channels(recipe.layer, place.node):
+    dims = len(_shape(place.node))
+    if norm is not None and is_affine(norm) and recipe is not None and works_on_filters(norm, recipe.layer, dims):
         recipe.fold(norm)
         place.replace(place.node.all_input_nodes[0])
 
 
-def _same_channels(layer: nn.Module, norm: fx.Node) -> bool:
-    """Whether a norm works on the filters of the layer before it: a linear layer's are in the last dimension."""
-    return not hasattr(layer, "in_features") or len(_shape(norm)) == 2
-
-
 def _fuse_sums(place: _Place) -> None:
     node = place.node
-    if node.target not in SUMS or node.kwargs or len(node.args) != 2:
+    if not is_sum(node):
         return
     summands = [each for each in node.args if isinstance(each, fx.Node)]
     same = len(summands) == 2 and summands[0] is not summands[1] and _shape(summands[0]) == _shape(summands[1]) != ()
@@ -175,16 +157,13 @@ def _in_place(node: fx.Node) -> bool:
 
 def _make_norms(place: _Place) -> None:
     norm = place.module(place.node)
-    if _is_affine(norm) and norm is not None:
+    if norm is not None and is_affine(norm):
         place.put(FusedNorm(norm, place.like), place.node.args)
 
 
 def _fuse_activations(place: _Place) -> None:
     node = place.node
-    if node.op == "call_module":
-        name = next((name for kind, name in ACTIVATION_MODULES.items() if type(place.module(node)) is kind), None)
-    else:
-        name = ACTIVATION_CALLS.get(node.target)
+    name = activation_of(place.graph, node)
     before = node.args[0] if node.args else None
     if name is None or not isinstance(before, fx.Node) or len(before.users) != 1:
         return

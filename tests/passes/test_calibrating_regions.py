@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torchvision.ops import FrozenBatchNorm2d
 import sgfx
 from passes import calibration
 from passes.calibration import calibrate_region
+from passes.cut import works_on_filters
 from passes.errors import InputError
 from passes.examples import read_examples
+from passes.norms import scale_and_shift
 from passes.pairing import walkable_regions
-from passes.surroundings import affine, is_per_filter, surroundings
+from passes.surroundings import surroundings
 from passes.tandem import Pair, Walk
 from passes.trace import trace
 
@@ -115,11 +118,11 @@ def test_a_tensor_that_a_hook_sees_is_not_bent():
     assert surroundings(graph, conv1).norm is None
 
 
-@pytest.mark.parametrize("track", [True, False])
-def test_affine_is_the_norm(track):
-    norm = made(nn.BatchNorm2d(4, affine=track))
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, partial(nn.BatchNorm2d, affine=False), FrozenBatchNorm2d])
+def test_scale_and_shift_are_the_norm(kind):
+    norm = made(kind(4))
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    scale, shift = (each.view(1, 4, 1, 1) for each in affine(norm))
+    scale, shift = (each.view(1, 4, 1, 1) for each in scale_and_shift(norm))
     torch.testing.assert_close(x * scale + shift, norm(x), rtol=0, atol=1e-12)
 
 
@@ -246,10 +249,10 @@ def test_a_norm_is_the_layers_own_where_it_scales_its_filters(layer, norm, shape
         for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
             tensor.copy_(torch.arange(1, 5) + ("mean" in name)) if tensor.dim() else None
     y = layer(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    assert is_per_filter(norm, layer, y) == own
+    assert works_on_filters(norm, layer, y.dim()) == own
     if own:
         axis = 1 if y.dim() > 2 and not isinstance(layer, nn.Linear) else -1
-        scale, shift = affine(norm.eval())
+        scale, shift = scale_and_shift(norm.eval())
         scaled = (y.movedim(axis, -1).double() * scale + shift).movedim(-1, axis)
         torch.testing.assert_close(scaled.float(), norm.eval()(y), rtol=1e-5, atol=1e-5)
 

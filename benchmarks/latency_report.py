@@ -142,9 +142,9 @@ def page(results: dict[str, Any], chart: str) -> str:
         "Written by `python -m benchmarks.latency_report` from what `python -m benchmarks.latency` measured on "
         f"{results['date']}.",
         f"Machine: {results['machine']}. Every network and batch size has a process of its own; all forms are called "
-        "in turn, round by round, and the second of two calls counts. A ratio is the median of the ratios within the "
-        "rounds, in brackets are its quartiles. *Best dense* is the fastest of eager, channels_last, compiled "
-        "(inductor, weights frozen) and ONNX Runtime.",
+        "in turn, round by round, each after a pause, and the second of two calls counts. A ratio is the median of the "
+        "ratios within the rounds, in brackets are its quartiles. *Best dense* is the fastest of eager, channels_last, "
+        "compiled (inductor, weights frozen) and ONNX Runtime.",
         "Networks are compiled with 16 groups, convolutions at 0.8, linear layers at 0.6. Weights are random, for want "
         "of trained ones; the groups found in them are uneven (see each table).",
         f"![Milliseconds of every form]({chart})",

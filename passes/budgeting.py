@@ -76,10 +76,9 @@ class _Halves:
 
 
 def _halves(sample: Sample) -> _Halves:
-    x = sample.inputs.double()
     y = (sample.wanted - sample.offset) / torch.where(sample.scale == 0, 1.0, sample.scale)
-    half = len(x) // 2 or len(x)  # a single row is all there is
-    x -= x[:half].mean(0)
+    half = len(y) // 2 or len(y)  # a single row is all there is
+    x = sample.inputs - sample.inputs[:half].mean(0, dtype=torch.float64)
     y -= y[:half].mean(0)
     return _Halves(x[:half], y[:half], x[half:] if half < len(x) else x, y[half:] if half < len(y) else y)
 

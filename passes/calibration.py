@@ -201,9 +201,9 @@ class _Problem:
         # A filter that the norm multiplies by next to nothing has no say: it keeps its weights and its bias.
         self.live = sample.scale.abs() > 1e-6 * sample.scale.abs().max()
         self._scale = torch.where(self.live, sample.scale, 1.0)
-        self._x = sample.inputs.double()
-        self._mean = self._x.mean(0) if intercept else torch.zeros_like(self._x[0])
-        self._x -= self._mean
+        mean = sample.inputs.mean(0, dtype=torch.float64)
+        self._mean = mean if intercept else torch.zeros_like(mean)
+        self._x = sample.inputs - self._mean  # float64
         self._ridge = ridge(self._x.square().sum(0))
         self._gram = self._x.T @ self._x if self._x.shape[1] <= MAX_PRIMAL else None
 

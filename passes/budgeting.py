@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.calibration import Sample
 from passes.facts import Groups
 from passes.least_squares import factor, ridge, solve, solve_dual
 from passes.pruning import truncate
+from passes.resolving import Sample
 
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 STEPS = 97  # ratios a layer may take: every hundredth of the grid's span

@@ -6,11 +6,10 @@ Both graphs are walked in step (`tandem.py`). At each regrouped layer, in order 
 2. It is aimed at what the dense network has at the end of the layer's `surroundings`: behind the norm, and,
    where another branch is added to it, at the dense *sum*, so that it also makes up for what that branch lacks,
    wherever that is known already.
-3. Where a ReLU follows, what it clips does not count (`least_squares.clipped_targets`).
+3. Where a ReLU follows, what it clips does not count (`resolving.py`).
 4. A layer without a bias gets one in the running mean of the norm behind it. No other statistic is touched: the output
    of a least-squares fit has less variance than its target, and a norm that restored it would only amplify the error.
-5. Layers with more than `MAX_PRIMAL` unfolded inputs are solved in the dual, on as many rows as memory allows.
-6. Behind a choice by value (`choices.py`) rows of the two networks may not belong together: there, both sides of the
+5. Behind a choice by value (`choices.py`) rows of the two networks may not belong together: there, both sides of the
    least squares are the dense network's.
 
 Rows are sampled positions of the layer's output, at most `MAX_ROWS` and `ROW_BYTES`, whatever the number of images.
@@ -19,8 +18,7 @@ Rows are sampled positions of the layer's output, at most `MAX_ROWS` and `ROW_BY
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,38 +26,15 @@ from torch import Tensor, fx, nn
 
 from passes.cut import works_on_filters
 from passes.errors import InputError
-from passes.least_squares import clipped_targets, factor, ridge, solve, solve_dual
 from passes.norms import scale_and_shift
 from passes.operations import module_of
+from passes.resolving import Sample, resolve
 from passes.surroundings import Surroundings, surroundings
 from passes.tandem import Pair, Walk
 from passes.unfolding import input_rows, output_positions, output_rows
 
 MAX_ROWS = 1 << 15
 ROW_BYTES = 3 << 27  # of a layer's inputs, wanted outputs and offsets together, as float64
-MAX_PRIMAL = 8000
-CLIPPING_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What is known of a layer at sampled positions.
-
-    The layer's output y is followed by ``y · scale + offset``, which should be `wanted`.
-
-    Attributes:
-        inputs: ``[rows, D]``, the unfolded inputs of the compressed layer.
-        wanted: float64 ``[rows, C_out]``.
-        offset: float64 ``[rows, C_out]``: the norm's shift, and what another branch adds.
-        scale: float64 ``[C_out]``.
-        clipped: whether only what is above zero of it is read.
-    """
-
-    inputs: Tensor
-    wanted: Tensor
-    offset: Tensor
-    scale: Tensor
-    clipped: bool
 
 
 def calibrate_region(dense: fx.GraphModule, small: fx.GraphModule, batches: Sequence[Pair]) -> dict[str, Tensor]:
@@ -176,60 +151,3 @@ def _positions(layer: Any, y: Tensor, share: int, generator: torch.Generator) ->
     if count <= most:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[:most]
-
-
-def resolve(layer: Any, sample: Sample, *, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Solve for the packed weight of a grouped layer, and its bias ``[C_out]`` (0 without `intercept`), in float64."""
-    problem = _Problem(layer, sample, intercept)
-    weight = problem.start.clone()
-    bias = torch.zeros_like(sample.scale) if layer.bias is None else layer.bias.double()
-    for filters, keep in _columns(layer):
-        solved, shift = problem.solve(filters, keep)
-        own = problem.live[filters]
-        weight[filters[own, None], keep] = solved[own]
-        bias[filters[own]] = shift[own]
-    rows = weight.view(layer._dense_shape).flatten(0, 1)[layer._rows]
-    return rows.view_as(layer.weight), bias
-
-
-class _Problem:
-    """The least squares of one layer, to be solved group by group, so that one group's factor is held at a time."""
-
-    def __init__(self, layer: Any, sample: Sample, intercept: bool) -> None:
-        self.start = layer.dense_weight().double().flatten(1)
-        self._sample, self._intercept = sample, intercept
-        # A filter that the norm multiplies by next to nothing has no say: it keeps its weights and its bias.
-        self.live = sample.scale.abs() > 1e-6 * sample.scale.abs().max()
-        self._scale = torch.where(self.live, sample.scale, 1.0)
-        mean = sample.inputs.mean(0, dtype=torch.float64)
-        self._mean = mean if intercept else torch.zeros_like(mean)
-        self._x = sample.inputs - self._mean  # float64
-        self._ridge = ridge(self._x.square().sum(0))
-        self._gram = self._x.T @ self._x if self._x.shape[1] <= MAX_PRIMAL else None
-
-    def solve(self, filters: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``[filters, keep]`` and bias ``[filters]`` of the group that has these filters and reads `keep`."""
-        sample, x, start = self._sample, self._x[:, keep], self.start[filters][:, keep]
-        wanted, offset, scale = sample.wanted[:, filters], sample.offset[:, filters], self._scale[filters]
-        lower = None if self._gram is None else factor(self._gram, keep, self._ridge)
-
-        def solved(targets: Tensor) -> tuple[Tensor, Tensor]:
-            targets = (targets - offset) / scale
-            middle = targets.mean(0) if self._intercept else torch.zeros_like(targets[0])
-            left = targets.sub_(middle) - x @ start.T
-            change = solve_dual(x, left, self._ridge) if lower is None else solve(lower, x.T @ left)
-            return start + change, middle - (start + change) @ self._mean[keep]
-
-        weight, bias = solved(wanted)
-        for _ in range(CLIPPING_ROUNDS if sample.clipped and lower is not None else 0):
-            present = (x @ weight.T + (bias + weight @ self._mean[keep])) * scale + offset
-            weight, bias = solved(clipped_targets(wanted, present))
-        return weight, bias
-
-
-def _columns(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each group: its filters, and the columns of the unfolded input that it reads."""
-    taps = math.prod(layer._dense_shape[2:])
-    filters, inputs = layer.block_sizes.unbind(1)
-    for own, read in zip(layer.filters.split(filters.tolist()), layer.inputs.split(inputs.tolist()), strict=True):
-        yield own, (read[:, None] * taps + torch.arange(taps, device=read.device)).flatten()

@@ -13,9 +13,9 @@ from torch import nn
 
 import sgfx
 from passes.budgeting import GRID, _halves, allocate, error_curve, settle
-from passes.calibration import Sample
 from passes.facts import Groups
 from passes.pruning import truncate
+from passes.resolving import Sample
 from tests.passes.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 

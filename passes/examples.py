@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.random_state import preserved_random_state
 
@@ -45,8 +46,11 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
     with preserved_random_state():  # a loader that shuffles draws from the global one
         for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
             given = _arguments(batch, required, name, number)
+            if not isinstance(data, Tensor | list | tuple):
+                given = copy_inputs(given)  # a generator may fill the same tensor again
             batches += _cut(pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, given))
-    if not batches or not sum(example_count(given) for given in batches):
+    batches = [given for given in batches if example_count(given)]
+    if not batches:
         raise InputError(
             f"{name} gave no examples: is the dataset empty, or was it an iterator that had been used up before?"
         )
@@ -58,10 +62,22 @@ def example_count(given: Arguments) -> int:
     return len(given[0]) if isinstance(given[0], Tensor | list | tuple) else 1
 
 
+def shapes_of(value: object) -> str:
+    """The shapes of all tensors in a value, for messages."""
+    tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+    return ", ".join(str(list(x.shape)) for x in tensors) or "without tensors"
+
+
 def _required_inputs(model: nn.Module) -> int:
     """How many inputs the forward of a model can't do without, at least 1."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = inspect.signature(model.forward).parameters.values()
+    keyword = next((p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty), None)
+    if keyword is not None:
+        raise InputError(
+            f"{type(model).__name__}.forward requires the keyword argument {keyword!r}, and data give arguments by "
+            "position alone: wrap the model in a module that sets it"
+        )
     return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
@@ -82,6 +98,8 @@ def _arguments(batch: Any, required: int, name: str, number: int) -> Arguments:
             f"the model requires {required} inputs, but batch {number} of {name} holds {len(inputs)}: give batches "
             "that are tuples and start with all of them"
         )
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        raise TypeError(f"batch {number} of {name} holds a sparse tensor: give dense ones (tensor.to_dense())")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(f"batch {number} of {name} holds NaN or infinite values: leave these examples out")
     return tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs, shadow
-from passes.examples import Arguments
+from passes.errors import InputError
+from passes.examples import Arguments, shapes_of
 from passes.facts import Region
 from passes.regions import find_regions
 from passes.tandem import Pair
@@ -46,6 +47,7 @@ def walkable_regions(
     """
     quiet = shadow(dense).eval()
     parts = _regions(dense, batches[0], leaves)
+    _mark_shared(parts)
     twins = {region.path: region for region in _regions(work, batches[0], leaves)}
     for region in _in_order(quiet, [region for region in parts if region.path in twins], batches[0]):
         pairs = _Pairs((quiet, work), region.path, batches) if region.path else [(each, each) for each in batches]
@@ -55,8 +57,28 @@ def walkable_regions(
 def _regions(model: nn.Module, example: Arguments, leaves: Collection[str]) -> tuple[Region, ...]:
     """The regions of a model; the example is only run where it can't be traced whole."""
     parts = find_regions(model, leaf_modules=leaves).parts
-    whole = [region.path for region in parts] == [""]
-    return parts if whole else find_regions(model, example, leaves).parts
+    if [region.path for region in parts] == [""]:
+        return parts
+    try:
+        return find_regions(model, example, leaves).parts
+    except InputError as error:
+        raise InputError(
+            f"data of shape {shapes_of(example)} do not fit {type(model).__name__}: {error.__cause__ or error}"
+        ) from error
+
+
+def _mark_shared(regions: tuple[Region, ...]) -> None:
+    """Mark what is read by a module that several parts call: it is not one part's to change."""
+    calls = [
+        (region, node, region.graphs["eval"].get_submodule(str(node.target)))
+        for region in regions
+        for node in region.graphs["eval"].graph.nodes
+        if node.op == "call_module"
+    ]
+    for _, node, module in calls:
+        if len({region.path for region, _, other in calls if other is module}) > 1:
+            for read in node.all_input_nodes:
+                read.meta["exposed"] = "a module that several parts call"
 
 
 def _in_order(model: nn.Module, regions: list[Region], example: Arguments) -> list[Region]:
@@ -64,8 +86,8 @@ def _in_order(model: nn.Module, regions: list[Region], example: Arguments) -> li
     if [region.path for region in regions] == [""]:
         return regions
     called: list[str] = []
-    with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)), torch.no_grad():
-        model(*copy_inputs(example))
+    with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)):
+        _run(model, example)
     return sorted((region for region in regions if region.path in called), key=lambda region: called.index(region.path))
 
 
@@ -102,9 +124,18 @@ def _calls(model: nn.Module, path: str, batch: Arguments) -> Calls:
     """Run one batch, and note the calls of the submodule at `path`."""
     found: Calls = []
     watch = WatchForChoices()
-    with _tapped(model, [path], lambda _, given: found.append((given, watch.seen))), torch.no_grad(), watch:
-        model(*copy_inputs(batch))
+    # Copies: the code behind the call may work on the same tensors in place.
+    with _tapped(model, [path], lambda _, given: found.append((copy_inputs(given), watch.seen))), watch:
+        _run(model, batch)
     return found
+
+
+def _run(model: nn.Module, batch: Arguments) -> None:
+    try:
+        with torch.no_grad():
+            model(*copy_inputs(batch))
+    except Exception as error:
+        raise InputError(f"data of shape {shapes_of(batch)} do not fit {type(model).__name__}: {error}") from error
 
 
 @contextmanager

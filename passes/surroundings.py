@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from passes.mutation import works_in_place
 from passes.norms import is_affine
 from passes.operations import activation_of, is_sum, module_of
 
@@ -40,11 +41,21 @@ def surroundings(graph: fx.GraphModule, node: fx.Node) -> Surroundings:
         last, reader = _only_reader(graph, norm)
     if reader is not None and is_sum(reader):
         added = [each for each in reader.args if each is not last]
-        if len(added) == 1 and isinstance(added[0], fx.Node):
+        if len(added) == 1 and isinstance(added[0], fx.Node) and not _any_in_place(graph, node, reader):
             other = added[0]
             last, reader = _only_reader(graph, reader)
     clipped = reader is not None and activation_of(graph, reader) in ("relu", "relu6")
     return Surroundings(norm, other, clipped)
+
+
+def _any_in_place(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether something between two nodes works in place: what is added then may not be known at the first yet."""
+    node = first.next
+    while node is not last and node.op != "root":
+        if works_in_place(graph, node):
+            return True
+        node = node.next
+    return False
 
 
 def _only_reader(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs
 from passes.errors import InputError
-from passes.examples import Arguments
+from passes.examples import Arguments, shapes_of
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
@@ -79,11 +79,14 @@ class Walk:
 
     def at(self, stop: fx.Node) -> Iterator[Held]:
         """Bring every batch before `stop`, one after the other."""
-        for index in range(len(self.batches)):
-            held, self._held[index] = self._held[index] or Held(self, self.batches[index]), None
+        total = sum(held.nbytes for held in self._held if held is not None)
+        for index, before in enumerate(self._held):
+            total -= 0 if before is None else before.nbytes
+            held, self._held[index] = before or Held(self, self.batches[index]), None
             held.advance(self.position[stop])
-            if held.nbytes + sum(other.nbytes for other in self._held if other is not None) <= self._limit:
+            if total + held.nbytes <= self._limit:
                 self._held[index] = held
+                total += held.nbytes
             yield held
 
     def route(self, stop: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node] | None:
@@ -118,13 +121,12 @@ class Held:
     def __init__(self, walk: Walk, arguments: Pair) -> None:
         """Start with the arguments of the batch."""
         self._walk = walk
-        self._values: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
+        placeholders = [node for node in walk.nodes if node.op == "placeholder"]
+        theirs, mine = (_bound(placeholders, copy_inputs(given)) for given in arguments)
+        self._values = theirs, mine
         self._next = 0
         self.chosen = False
-        self._shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(arguments[1]) if hasattr(x, "shape"))
-        for values, own in zip(self._values, arguments, strict=True):
-            given = iter(copy_inputs(own))
-            values |= {node: next(given, *node.args) for node in walk.nodes if node.op == "placeholder"}
+        self._shapes = shapes_of(arguments[1])
 
     @property
     def nbytes(self) -> int:
@@ -172,3 +174,20 @@ class Held:
         except Exception as error:
             where = f"at layer {node.target!r}" if node.op == "call_module" else f"at {node.name!r}"
             raise InputError(f"data of shape {self._shapes} does not fit the model {where}: {error}") from error
+
+
+def _bound(placeholders: list[fx.Node], given: Arguments) -> dict[fx.Node, Any]:
+    """What each placeholder of a graph stands for, where it is called with these arguments by position."""
+    found: dict[fx.Node, Any] = {}
+    left = list(given)
+    for node in placeholders:
+        name = str(node.target)
+        if name.startswith("*"):
+            found[node], left = ({}, left) if name.startswith("**") else (tuple(left), [])
+        elif left:
+            found[node] = left.pop(0)
+        elif node.args:
+            found[node] = node.args[0]
+        else:
+            raise InputError(f"the data give no value for the argument {name!r} of the model's forward")
+    return found

@@ -58,10 +58,12 @@ def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: C
     work = unhooked_copy(small)  # all graphs that are made of it share its parameters
     with preserved_random_state():
         changed = _calibrated(dense, work.eval(), batches, leaves)
-    tensors = dict([*small.named_parameters(), *small.named_buffers()])
+    # A tensor that two modules share has two names.
+    tensors = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
+    targets = [(tensors[name], value) for name, value in changed.items()]
     with torch.no_grad():
-        for name, value in changed.items():
-            tensors[name].copy_(value)
+        for tensor, value in targets:
+            tensor.copy_(value)
     _warn_of_the_rest(small, changed)
     return small
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
-from passes.examples import Arguments, read_examples
+from passes.examples import Arguments, read_examples, shapes_of
 from passes.random_state import preserved_random_state
 from sgfx.calibration import check_compiled
 
@@ -45,7 +45,7 @@ class Teacher:
             with torch.no_grad():
                 return self._model(*_in_single_precision(copy_inputs(inputs)))
         except Exception as error:
-            raise InputError(f"data of shape {_shapes(inputs)} do not fit the teacher: {error}") from error
+            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}") from error
 
 
 def distance(outputs: Any, wanted: Any) -> Tensor:
@@ -60,7 +60,7 @@ def distance(outputs: Any, wanted: Any) -> Tensor:
     pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
     if [x.shape for x in _tensors(outputs)] != [x.shape for x in _tensors(wanted)] or not pairs:
         raise InputError(
-            f"the model's outputs {_shapes(outputs)} can't be compared with the teacher's {_shapes(wanted)}: they "
+            f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
             "must be the same tensors of floating-point numbers"
         )
     errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
@@ -138,8 +138,10 @@ def _descend(
         try:
             outputs = model(*inputs)
         except Exception as error:
-            raise InputError(f"data of shape {_shapes(inputs)} do not fit the model: {error}") from error
+            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}") from error
         loss = distance(outputs, wanted)
+        if not loss.requires_grad:
+            raise InputError("the outputs of small have no gradient: its forward detaches them, or runs under no_grad")
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss became {loss.item()} in step {step}; try an lr below {lr:g}")
         optimizer.zero_grad()
@@ -152,7 +154,8 @@ def _drawer(batches: list[Arguments]) -> Callable[[], Arguments]:
     """A function that draws the inputs of one step; every example comes once before any comes again."""
     generator = torch.Generator().manual_seed(0)
     forms = [[x.shape[1:] if isinstance(x, Tensor) else None for x in given] for given in batches]
-    whole = None not in forms[0] and all(form == forms[0] for form in forms)
+    alike = all(form == forms[0] for form in forms) and None not in forms[0]
+    whole = alike and all(len(x) == len(given[0]) for given in batches for x in given)
     examples = [torch.cat(each) for each in zip(*batches, strict=True)] if whole else None
     count = len(batches) if examples is None else len(examples[0])
     left = torch.empty(0, dtype=torch.int64)
@@ -193,10 +196,6 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _variance(x: Tensor) -> Tensor:
-    return (x - x.mean()).square().mean().clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def _shapes(value: Any) -> str:
-    return (
-        ", ".join(str(list(x.shape)) for x in pytree.tree_leaves(value) if isinstance(x, Tensor)) or "without tensors"
-    )
+    """The variance of what is wanted, or its mean square where it is all the same number, such as a single one."""
+    variance, power = (x - x.mean()).square().mean(), x.square().mean()
+    return torch.where(variance > 1e-10 * power, variance, power).clamp_min(torch.finfo(x.dtype).tiny)

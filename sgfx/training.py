@@ -272,7 +272,7 @@ def _hits(logits: Tensor, targets: Tensor) -> int:
 
 
 def _checked_data(data: Data, name: str) -> Data:
-    if not isinstance(data, Iterable):
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches (inputs, targets), such as a DataLoader, not {type(data).__name__}"
         )

@@ -23,6 +23,36 @@ def test_the_loss_is_the_error_over_the_variance():
     assert distance(wanted, wanted).item() == 0
 
 
+def test_a_single_number_is_measured_against_its_size():
+    assert distance(torch.tensor([[3.0]]), torch.tensor([[2.0]])).item() == pytest.approx(0.25)
+    same = torch.full((4, 1), 2.0)
+    assert distance(same + 1, same).item() == pytest.approx(0.25)
+
+
+def test_inputs_of_other_lengths_and_outputs_without_gradient():
+    class Mixed(nn.Module):
+        def __init__(self, detached: bool = False) -> None:
+            super().__init__()
+            self.one, self.other, self.detached = nn.Linear(8, 16), nn.Linear(16, 4), detached
+
+        def forward(self, x, mixing):
+            y = self.other(torch.relu(mixing @ self.one(x)))
+            return y.detach() if self.detached else y
+
+    data = [(torch.randn(64, 6, 8), torch.randn(6, 6))]
+    for detached in (False, True):
+        dense = Mixed(detached).eval()
+        small = sgfx.compile(dense, groups=2, ratio=0.5)
+        before = state(small)
+        if detached:
+            with pytest.raises(sgfx.InputError, match="the outputs of small have no gradient"):
+                sgfx.distill(dense, small, data, steps=2)
+            assert_unchanged(small, before)
+        else:
+            sgfx.distill(dense, small, data, steps=2)
+            assert not torch.equal(small.other.weight, before["other.weight"])
+
+
 def test_outputs_in_dicts_and_lists_count_alike():
     class Two(nn.Module):
         def forward(self, x):
@@ -146,6 +176,8 @@ def test_a_teacher_that_does_not_fit_moves_nothing(monkeypatch):
         with pytest.raises(sgfx.InputError, match=message):
             trainer.fit()
         assert_unchanged(small, before)
+    with pytest.raises(TypeError, match="train_data must be an iterable of batches"):
+        sgfx.Trainer(small, x, epochs=1, lr=0.1, teacher=nn.Linear(2, 2))
     with pytest.raises(sgfx.InputError, match="label_smoothing is of labels"):
         sgfx.Trainer(small, [x], epochs=1, lr=0.1, teacher=nn.Linear(2, 2), label_smoothing=0.1)
 

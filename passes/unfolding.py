@@ -43,9 +43,10 @@ def input_rows(layer: Any, x: Tensor, positions: Tensor) -> Tensor:
 
 def output_rows(layer: Any, y: Tensor, positions: Tensor) -> Tensor:
     """An output of `layer` (or a tensor of its shape) at `positions`: ``[len(positions), C_out]``."""
-    channels_last = y if getattr(layer, "kernel_size", None) is None else _batched(layer, y).movedim(1, -1)
-    leading = channels_last.shape[:-1]
-    return channels_last[torch.unravel_index(positions, leading)]
+    if getattr(layer, "kernel_size", None) is None:
+        return y.reshape(-1, y.shape[-1])[positions]
+    channels_last = _batched(layer, y).movedim(1, -1)
+    return channels_last[torch.unravel_index(positions, channels_last.shape[:-1])]
 
 
 def output_positions(layer: Any, y: Tensor) -> int:

@@ -118,6 +118,18 @@ def test_empty_batches_and_a_reused_buffer():
     assert_unchanged(sgfx.compile(dense, calibration=(buffer.copy_(b) for b in x.split(4)), **options), expected)
 
 
+def test_a_linear_layer_needs_no_dimension_for_the_batch():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 6)).double().eval()
+    x = torch.randn(30, 20, dtype=torch.float64)
+    for share in ({"ratio": 0.5}, {"budget": {"macs": 0.5}}):
+        options = {"groups": 2, "overrides": {"0": {"groups": 2}}, **share}
+        one_by_one = sgfx.compile(dense, calibration=list(x), **options)
+        at_once = sgfx.compile(dense, calibration=x, **options)
+        for name, tensor in at_once.state_dict().items():
+            torch.testing.assert_close(one_by_one.state_dict()[name], tensor, rtol=1e-9, atol=1e-9)
+
+
 class Keyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -61,17 +61,18 @@ def error_curve(layer: Any, sample: Sample, groups: Groups) -> Curve:
 
 @dataclass(frozen=True)
 class _Halves:
-    """Rows to solve on, and the rest to measure on, both less the mean of the first."""
+    """Rows to solve on, the rest to measure on, both less the mean of the first, and the ridge of the first."""
 
     x: Tensor
     y: Tensor
     rest_x: Tensor
     rest_y: Tensor
+    penalty: Tensor
 
     def left_of(self, filters: Tensor, keep: Tensor, start: Tensor) -> Tensor:
         """The squared error ``[filters]`` on the rest, with the kept inputs re-solved from `start`; by the dual."""
         x = self.x[:, keep]
-        weight = start + solve_dual(x, self.y[:, filters] - x @ start.T, ridge(self.x.square().sum(0)))
+        weight = start + solve_dual(x, self.y[:, filters] - x @ start.T, self.penalty)
         return (self.rest_y[:, filters] - self.rest_x[:, keep] @ weight.T).square().sum(0)
 
 
@@ -80,7 +81,8 @@ def _halves(sample: Sample) -> _Halves:
     half = len(y) // 2 or len(y)  # a single row is all there is
     x = sample.inputs - sample.inputs[:half].mean(0, dtype=torch.float64)
     y -= y[:half].mean(0)
-    return _Halves(x[:half], y[:half], x[half:] if half < len(x) else x, y[half:] if half < len(y) else y)
+    rest = slice(half, None) if half < len(y) else slice(None)
+    return _Halves(x[:half], y[:half], x[rest], y[rest], ridge(x[:half].square().sum(0)))
 
 
 class _Primal:
@@ -90,7 +92,7 @@ class _Primal:
         self._gram, self._cross = halves.x.T @ halves.x, halves.x.T @ halves.y
         self._rest_gram, self._rest_cross = halves.rest_x.T @ halves.rest_x, halves.rest_x.T @ halves.rest_y
         self._power = halves.rest_y.square().sum(0)
-        self._ridge = ridge(self._gram.diagonal())
+        self._ridge = halves.penalty
 
     def left_of(self, filters: Tensor, keep: Tensor, start: Tensor) -> Tensor:
         """See `_Halves.left_of`."""

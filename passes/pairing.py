@@ -87,7 +87,7 @@ def _in_order(model: nn.Module, regions: list[Region], example: Arguments) -> li
         return regions
     called: list[str] = []
     with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)):
-        _run(model, example)
+        _call(model, example)
     return sorted((region for region in regions if region.path in called), key=lambda region: called.index(region.path))
 
 
@@ -126,11 +126,11 @@ def _calls(model: nn.Module, path: str, batch: Arguments) -> Calls:
     watch = WatchForChoices()
     # Copies: the code behind the call may work on the same tensors in place.
     with _tapped(model, [path], lambda _, given: found.append((copy_inputs(given), watch.seen))), watch:
-        _run(model, batch)
+        _call(model, batch)
     return found
 
 
-def _run(model: nn.Module, batch: Arguments) -> None:
+def _call(model: nn.Module, batch: Arguments) -> None:
     try:
         with torch.no_grad():
             model(*copy_inputs(batch))

@@ -134,12 +134,12 @@ def _is_free(unit: Unit, path: str) -> bool:
 
 def _costs(unit: Unit, measure: str, batches: list[Arguments]) -> tuple[float, dict[str, float]]:
     """The model's total, and what the connections of each target cost with nothing pruned."""
-    total = _count(unit.model, measure, unit, batches)
     if measure == "params":
         layers = {path: unit.model.get_submodule(path) for path in unit.targets}
-        return total, {path: float(layer.get_parameter("weight").numel()) for path, layer in layers.items()}
+        costs = {path: float(layer.get_parameter("weight").numel()) for path, layer in layers.items()}
+        return _count(unit.model, measure, unit, batches), costs
     counts = count_macs(unit.model, unit.settings.example_inputs or batches[0])
-    return total, {path: float(counts[path]) for path in unit.targets}
+    return float(counts[""]), {path: float(counts[path]) for path in unit.targets}
 
 
 def _count(model: nn.Module, measure: str, unit: Unit, batches: list[Arguments]) -> float:

@@ -22,7 +22,7 @@ from sgfx.calibration import calibrate_on
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
-Share: TypeAlias = tuple[str, float] | None
+CheckedBudget: TypeAlias = tuple[str, float] | None
 
 
 def compile(
@@ -123,7 +123,7 @@ def eliminated(small: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     return small
 
 
-def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> Share:
+def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> CheckedBudget:
     """The checked budget, or None where a ratio is given instead."""
     if (ratio is None) == (budget is None):
         raise InputError(
@@ -140,7 +140,7 @@ def _share(ratio: float | None, budget: Budget | None, step: float | None, calib
 
 
 def _compile_at_once(
-    model: M, options: dict[str, Any], share: Share, batches: list[Arguments] | None, eliminate: bool
+    model: M, options: dict[str, Any], share: CheckedBudget, batches: list[Arguments] | None, eliminate: bool
 ) -> M:
     """Plan on the live model, which these passes only read, and lower a copy."""
     settings = checked_settings(model, **options)

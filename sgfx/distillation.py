@@ -1,74 +1,30 @@
-"""`sgfx.distill`: a few hundred steps of gradient descent towards the dense model's outputs, on unlabelled data."""
+"""`sgfx.distill`: a few hundred steps of gradient descent towards a dense model, on unlabelled data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import Arguments, read_examples, shapes_of
 from passes.random_state import preserved_random_state
 from sgfx.calibration import check_compiled
+from sgfx.teaching import Teacher, in_single_precision
 
 M = TypeVar("M", bound=nn.Module)
 BATCH = 64  # examples per step
 SHIFT = 8  # images are shifted by up to this part of their size
 
 
-class Teacher:
-    """The outputs of a dense model as targets, in place of labels.
-
-    Args:
-        dense: the model; a copy of it without hooks is run, in eval mode, in single precision where it is in half.
-    """
-
-    def __init__(self, dense: nn.Module) -> None:
-        """Make the copy."""
-        self._model = _in_single_precision(unhooked_copy(dense)).eval()
-
-    def targets(self, *inputs: Any) -> Any:
-        """What the model gives for these inputs.
-
-        Raises:
-            InputError: it can't be run on them.
-        """
-        for tensor in _tensors(inputs):
-            self._model.to(tensor.device)
-        try:
-            with torch.no_grad():
-                return self._model(*_in_single_precision(copy_inputs(inputs)))
-        except Exception as error:
-            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}") from error
-
-
-def distance(outputs: Any, wanted: Any) -> Tensor:
-    """How far `outputs` are from `wanted`: the squared error over the variance of what is wanted, over all tensors.
-
-    It is 0 where they agree, and about 1 where the outputs say nothing. It has no temperature and asks nothing of what
-    they mean. Differentiable in `outputs`.
-
-    Raises:
-        InputError: they differ in structure or shape.
-    """
-    pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
-    if [x.shape for x in _tensors(outputs)] != [x.shape for x in _tensors(wanted)] or not pairs:
-        raise InputError(
-            f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
-            "must be the same tensors of floating-point numbers"
-        )
-    errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
-    return torch.stack(errors).mean()
-
-
 def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: float = 1e-3) -> M:
-    """Train a compiled model towards the dense model's outputs, without labels.
+    """Train a compiled model towards the dense model's outputs, and those of its blocks, without labels.
 
     Adam with a learning rate that falls to 0 along a cosine, on batches of 64; images ``[N, C, H, W]`` are flipped and
     shifted at random. The model is in eval mode meanwhile: norms keep their statistics, and their weights are trained.
@@ -102,24 +58,15 @@ def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float) -> 
     """The same for any `small` whose outputs have the form of the dense model's."""
     batches = read_examples(data, "data", small)
     with torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
-        work = _in_single_precision(unhooked_copy(small)).eval()
+        work = in_single_precision(unhooked_copy(small)).eval()
         trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
         if not trained:
             raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
-        _descend(work, trained, Teacher(dense), _drawer([_in_single_precision(x) for x in batches]), steps, lr)
+        _descend(work, trained, Teacher(dense), _drawer([in_single_precision(x) for x in batches]), steps, lr)
     with torch.no_grad():
         for mine, theirs in zip(small.parameters(), work.parameters(), strict=True):
             mine.copy_(theirs)
     return small
-
-
-def _in_single_precision(value: Any) -> Any:
-    """A model, in place, or tensors, with float32 wherever they are in half precision: Adam's steps are lost there."""
-
-    def raised(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
-
-    return value._apply(raised) if isinstance(value, nn.Module) else pytree.tree_map(raised, value)  # type: ignore[no-untyped-call]
 
 
 def _descend(
@@ -134,12 +81,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
         inputs = draw()
-        wanted = teacher.targets(*inputs)
-        try:
-            outputs = model(*inputs)
-        except Exception as error:
-            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}") from error
-        loss = distance(outputs, wanted)
+        _, loss = teacher.lesson(model, inputs, partial(_run, model, inputs))
         if not loss.requires_grad:
             raise InputError("the outputs of small have no gradient: its forward detaches them, or runs under no_grad")
         if not math.isfinite(loss.item()):
@@ -148,6 +90,13 @@ def _descend(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+
+
+def _run(model: nn.Module, inputs: Arguments) -> Any:
+    try:
+        return model(*inputs)
+    except Exception as error:
+        raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}") from error
 
 
 def _drawer(batches: list[Arguments]) -> Callable[[], Arguments]:
@@ -189,13 +138,3 @@ def varied(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = torch.arange(height, device=images.device) + down
     each = torch.arange(count, device=images.device)[:, None, None]
     return padded[each, rows[..., None], (columns + right)[:, None]].movedim(-1, 1).contiguous()
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _variance(x: Tensor) -> Tensor:
-    """The variance of what is wanted, or its mean square where it is all the same number, such as a single one."""
-    variance, power = (x - x.mean()).square().mean(), x.square().mean()
-    return torch.where(variance > 1e-10 * power, variance, power).clamp_min(torch.finfo(x.dtype).tiny)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from passes.errors import InputError
 from passes.random_state import preserved_random_state
 from sgfx.acceleration import Precision, own_accelerator
-from sgfx.distillation import Teacher, distance
 from sgfx.history import EpochRecord, History
 from sgfx.schedules import Schedule, checked_schedule, learning_rate
+from sgfx.teaching import Teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,9 +53,9 @@ class Trainer:
         val_data: the same for validation, after each epoch; it has no influence on training.
         epochs: passes over `train_data`, at least 1.
         lr: base learning rate, above 0.
-        teacher: a model whose outputs are the targets of training, in place of the labels, such as the dense model that
-            `model` was compiled from; see `sgfx.distill`. Labels are then only counted against, and the batches of
-            `train_data` may also be inputs alone.
+        teacher: a model whose outputs, and those of whose blocks, are the targets of training, in place of the labels,
+            such as the dense model that `model` was compiled from; see `sgfx.distill`. Labels are then only counted
+            against, and the batches of `train_data` may also be inputs alone.
         schedule: ``"constant"``, ``"cosine"`` (by epoch), or the epochs after which `lr` is divided by ten:
             ``(100, 150)``.
         momentum: of SGD, in [0, 1).
@@ -167,11 +167,9 @@ class Trainer:
         total, correct, labelled, count = 0.0, 0, 0, 0
         optimizer.zero_grad()  # of whatever the caller computed before
         for step, inputs, targets in self._batches(self._train_data, "train_data", epoch, accelerator):
-            wanted = None if self._teacher is None else self._teacher.targets(inputs)
-            if (epoch, step) == (1, 1) and wanted is not None:
-                self._compare(accelerator, inputs, wanted)
-            logits = self._logits(accelerator, inputs, targets)
-            loss = self._loss(logits, targets) if wanted is None else distance(logits, wanted)
+            if (epoch, step) == (1, 1) and self._teacher is not None:
+                self._try_teacher(accelerator, inputs)
+            logits, loss = self._loss(accelerator, inputs, targets)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(  # before the step: the weights are still those of the last finite loss
@@ -189,11 +187,11 @@ class Trainer:
                 labelled += len(targets)
         return total / count, correct / labelled if labelled else None
 
-    def _compare(self, accelerator: Accelerator, inputs: Any, wanted: Any) -> None:
+    def _try_teacher(self, accelerator: Accelerator, inputs: Any) -> None:
         """Refuse a teacher with other outputs before training has moved anything, statistics of norms included."""
         with _preserved_modes(self.model), torch.no_grad():
             self.model.eval()
-            distance(self._logits(accelerator, inputs, None), wanted)
+            self._loss(accelerator, inputs, None)
 
     def _validate(self, accelerator: Accelerator, data: Data, epoch: int) -> float:
         """Top-1 in eval mode."""
@@ -247,8 +245,12 @@ class Trainer:
         # Half precision is too coarse for a loss.
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
+    def _loss(self, accelerator: Accelerator, inputs: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits, and how far they are from the labels or from the teacher."""
+        if self._teacher is not None:
+            return self._teacher.lesson(self.model, (inputs,), lambda: self._logits(accelerator, inputs, targets))
+        logits = self._logits(accelerator, inputs, targets)
+        return logits, F.cross_entropy(logits, cast(Tensor, targets), label_smoothing=self._label_smoothing)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import sgfx
-from sgfx.distillation import Teacher, distance, varied
+from sgfx.distillation import varied
+from sgfx.teaching import BLOCKS, Teacher, distance
 from tests.passes.test_calibrating_regions import Difference, Residual, images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
@@ -27,6 +28,7 @@ def test_a_single_number_is_measured_against_its_size():
     assert distance(torch.tensor([[3.0]]), torch.tensor([[2.0]])).item() == pytest.approx(0.25)
     same = torch.full((4, 1), 2.0)
     assert distance(same + 1, same).item() == pytest.approx(0.25)
+    assert distance(torch.full((2, 3), 0.5), torch.zeros(2, 3)).item() == 0.25
 
 
 def test_inputs_of_other_lengths_and_outputs_without_gradient():
@@ -59,10 +61,84 @@ def test_outputs_in_dicts_and_lists_count_alike():
             return {"a": x, "b": [2 * x, 3]}
 
     x = torch.tensor([1.0, 3.0])
-    wanted = Teacher(Two()).targets(x)
-    assert distance({"a": x + 0.5, "b": [2 * x, 3]}, wanted).item() == pytest.approx(0.125)
+    outputs, loss = Teacher(Two()).lesson(nn.Identity(), (x,), lambda: {"a": x + 0.5, "b": [2 * x, 3]})
+    assert loss.item() == pytest.approx(0.125)
+    assert torch.equal(outputs["a"], x + 0.5)
     with pytest.raises(sgfx.InputError, match="can't be compared"):
-        distance(x, wanted)
+        Teacher(Two()).lesson(nn.Identity(), (x,), lambda: x)
+
+
+class Halves(nn.Module):
+    """A block called twice, and one whose hidden width may differ."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.wide = nn.Sequential(nn.Linear(4, width), nn.Tanh())
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.wide(self.twice(self.twice(x))))
+
+
+def test_a_lesson_compares_outputs_and_what_blocks_give_at_every_call():
+    torch.manual_seed(0)
+    dense, x = Halves(), torch.randn(5, 4)
+    for width in (6, 7):
+        small = Halves(width)
+        found, loss = Teacher(dense).lesson(small, (x,), lambda small=small: small(x))
+        steps = [(small.twice(x), dense.twice(x))]
+        steps.append((small.twice(steps[0][0]), dense.twice(steps[0][1])))
+        if width == 6:
+            steps.append((small.wide(steps[1][0]), dense.wide(steps[1][1])))
+        terms = [(((a - b) ** 2).mean() / b.var(correction=0)).item() for a, b in steps]
+        output = (((found - dense(x)) ** 2).mean() / dense(x).var(correction=0)).item()
+        assert loss.item() == pytest.approx(output + BLOCKS * sum(terms) / len(terms), rel=1e-5)
+        assert not any(module._forward_hooks for model in (dense, small) for module in model.modules())
+
+
+def test_blocks_that_are_called_otherwise_are_left_out():
+    torch.manual_seed(0)
+    dense, x = Halves(), torch.randn(5, 4)
+
+    class Once(Halves):
+        def forward(self, x):
+            return self.head(self.wide(self.twice(x)))
+
+    class Renamed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    small = Once()
+    found, loss = Teacher(dense).lesson(small, (x,), lambda: small(x))
+    wide = distance(small.wide(small.twice(x)), dense.wide(dense.twice(dense.twice(x))))
+    assert loss.item() == pytest.approx((distance(found, dense(x)) + BLOCKS * wide).item(), rel=1e-5)
+    other = Renamed(small)
+    found, loss = Teacher(dense).lesson(other, (x,), lambda: other(x))
+    assert loss.item() == pytest.approx(distance(found, dense(x)).item(), rel=1e-5)
+
+
+def test_a_lesson_that_fails_leaves_no_hooks():
+    dense, small, x = Halves(), Halves(), torch.randn(5, 4)
+    for inputs, upright in (((x[:, :3],), True), ((x,), False)):
+        with pytest.raises((sgfx.InputError, RuntimeError)):
+            Teacher(dense).lesson(small, inputs, lambda upright=upright: small(x if upright else x[:, :3]))
+        assert not any(module._forward_hooks for module in small.modules())
+
+
+def test_distilling_brings_blocks_closer_too(monkeypatch):
+    torch.manual_seed(0)
+    dense, x = Halves(32).eval(), torch.randn(64, 4)
+    errors = []
+    for weight in (BLOCKS, 0.0):
+        monkeypatch.setattr("sgfx.teaching.BLOCKS", weight)
+        small = sgfx.distill(dense, sgfx.compile(dense, groups=2, ratio=0.5), x, steps=100, lr=1e-2)
+        errors.append(distance(small.twice(x), dense.twice(x)).item())
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_distilling_brings_the_outputs_closer_and_keeps_statistics():

@@ -1,7 +1,6 @@
 """The inference form: the same outputs as the eval form, whatever is fused, and nothing of the model changed."""
 
 import copy
-import json
 import operator
 import pickle
 
@@ -14,7 +13,6 @@ import models_zoo
 import sgfx
 import sgfx.freezing
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions, decisions_of
 from passes.freezing.fused import FusedNorm, LibraryLayer
 from passes.freezing.placing import beside_rows
 from passes.kernel import Margins, PackedConv2d, supported
@@ -148,11 +146,6 @@ def test_other_dimensions(dims):
     assert error(sgfx.freeze(small, torch.randn(2, 4, *[6] * dims)), small, torch.randn(2, 4, *[6] * dims)) < 1e-5
 
 
-def test_double_precision_is_left_to_the_library():
-    model = trained(Block().double())
-    assert error(sgfx.freeze(model, IMAGES.double()), model, IMAGES.double()) < 1e-12
-
-
 @needs_kernel
 def test_layers_between_packed_ones_write_into_padded_planes():
     small = sgfx.compile(trained(models_zoo.create("resnet20")), groups=4, ratio=0.5)
@@ -236,25 +229,6 @@ def test_pixels_beside_rows_are_those_of_the_schedule(size, stride, padding, rea
     assert beside_rows(geometry, reads) == found.row - found.columns
 
 
-def test_decisions_are_kept_and_taken_without_measuring(monkeypatch):
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
-    frozen = sgfx.freeze(small, IMAGES)
-    made = frozen.decisions
-    assert decisions_of(small) is made
-    assert made.layers["conv2"].milliseconds[made.layers["conv2"].name] > 0
-    assert made.layers["stem"].macs == 2 * 20 * 20 * 8 * 27
-    assert "conv2" in str(made)
-    again = Decisions.from_dict(json.loads(json.dumps(made.to_dict())))
-    assert again == made
-    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
-    for decisions in (None, made, made.to_dict()):
-        other = sgfx.freeze(small, IMAGES, decisions=decisions)
-        assert {path: layer.name for path, layer in other.decisions.layers.items()} == {
-            path: layer.name for path, layer in made.layers.items()
-        }
-        assert error(other, small, IMAGES) < 1e-5
-
-
 def test_frozen_models_can_be_pickled_and_copied():
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
     frozen = sgfx.freeze(small, IMAGES)
@@ -273,48 +247,6 @@ def test_hooks_are_not_part_of_it_and_modes_stay():
     assert not seen
     assert small.training
     assert not frozen.training
-
-
-class Wrapper(nn.Module):
-    """A detector in small: untraceable around a traceable backbone."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = Block()
-        self.backbone.out_channels = 6
-
-    def forward(self, images):
-        return torch.cat([self.backbone(image[None]) for image in images]) * self.backbone.out_channels
-
-
-def test_a_model_of_several_regions_stays_of_its_class():
-    model = trained(Wrapper())
-    small = sgfx.compile(model, groups=3, ratio=0.5, example_inputs=IMAGES)
-    frozen = sgfx.freeze(small, IMAGES)
-    assert type(frozen) is Wrapper
-    assert type(small.backbone) is Block
-    assert frozen.backbone.out_channels == 6
-    assert error(frozen, small, IMAGES) < 1e-5
-
-
-@needs_kernel
-def test_regrouped_layers_outside_every_region_are_frozen_alone():
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head, self.scale = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), 2.0
-
-        def forward(self, images):
-            found = [self.head(self.conv(image[None])) for image in images]
-            return torch.cat(found) * self.head.out_channels
-
-    model = trained(Loop())
-    small = sgfx.compile(model, groups=3, ratio=0.5, example_inputs=IMAGES, overrides={"head": {"ratio": 0.5}})
-    assert sgfx.plans(small)["head"].grouped
-    frozen = sgfx.freeze(small, IMAGES, strategy="kernel")
-    assert error(frozen, small, IMAGES) < 1e-5
-    assert frozen.decisions.layers["head"].way == "kernel"
-    assert error(sgfx.freeze(small, IMAGES), small, torch.randn(3, 3, 9, 12)) < 1e-5
 
 
 def test_eliminated_models_are_frozen_too():
@@ -351,44 +283,6 @@ def test_bad_input():
         sgfx.freeze(model, IMAGES, decisions=other)
 
 
-def test_examples_without_images_in_them():
-    model = trained(Block())
-    for strategy in (None, "kernel", "library"):
-        frozen = sgfx.freeze(model, IMAGES[:0], strategy=strategy)
-        assert error(frozen, model, IMAGES) < 1e-5
-        assert frozen(IMAGES[:0]).shape == (0, 6)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
-def test_half_precision_is_left_to_the_library(dtype, tolerance):
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5).to(dtype)
-    frozen = sgfx.freeze(small, IMAGES.to(dtype))
-    assert error(frozen, small, IMAGES.to(dtype)) < tolerance
-    assert not any(isinstance(module, PackedConv2d) for module in frozen.modules())
-
-
-def test_decisions_travel_in_files(tmp_path, monkeypatch):
-    model = trained(Block())
-    small = sgfx.compile(model, groups=3, ratio=0.5)
-    frozen = sgfx.freeze(small, IMAGES)
-    sgfx.save(small, tmp_path / "small.safetensors")
-    loaded = sgfx.load(tmp_path / "small.safetensors", into=trained(Block()))
-    assert decisions_of(loaded) == frozen.decisions
-    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
-    assert torch.equal(sgfx.freeze(loaded, IMAGES)(IMAGES), frozen(IMAGES))
-
-
-def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch):
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
-    sgfx.freeze(small, IMAGES)
-    monkeypatch.setattr("sgfx.freezing.machine", lambda: "another machine")
-    measured = []
-    measure = "passes.freezing.choosing._measured"
-    monkeypatch.setattr(measure, lambda candidates, inputs: measured.append(1) or dict.fromkeys(candidates, 1.0))
-    sgfx.freeze(small, IMAGES)
-    assert measured
-
-
 def test_concatenations_that_grow_add_to_one_tensor():
     from passes.freezing.joining import append
 
@@ -417,221 +311,3 @@ def test_a_concatenation_that_is_changed_in_place_stays():
 
     model = trained(Model())
     assert error(sgfx.freeze(model, IMAGES, strategy="library"), model, IMAGES) < 1e-6
-
-
-def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
-    sgfx.freeze(small, IMAGES)
-    ways = {layer.way for layer in sgfx.freeze(small, IMAGES, strategy="library").decisions.layers.values()}
-    assert ways == {"library"}
-
-
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (2, 5, 5, 8), (8,)])
-def test_linear_layers_on_any_number_of_dimensions(shape):
-    model = trained(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6)))
-    x = torch.randn(shape)
-    for strategy in (None, "library"):
-        assert error(sgfx.freeze(model, x, strategy=strategy), model, x) < 1e-5
-
-
-def shifted(x, sizes):
-    """Writes to its list argument, as Swin3d's attention does."""
-    sizes[0] += 1
-    return x[:, :, : sizes[0]]
-
-
-torch.fx.wrap("shifted")
-
-
-def test_functions_that_write_to_their_lists():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            return shifted(self.conv(x), [5, 5])
-
-    model = trained(Model())
-    assert error(sgfx.freeze(model, IMAGES, strategy="library"), model, IMAGES) < 1e-6
-
-
-def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monkeypatch):
-    done = []
-    for name in ("fuse", "run_passes"):
-        function = getattr(sgfx.freezing, name)
-        monkeypatch.setattr(f"sgfx.freezing.{name}", lambda *args, f=function, n=name: done.append(n) or f(*args))
-    model = trained(Block())
-    sgfx.freeze(model, IMAGES)
-    assert done == ["fuse"]
-    sgfx.freeze(sgfx.compile(model, groups=3, ratio=0.5), IMAGES)
-    assert done == ["fuse", "run_passes", "fuse"]
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_is_not_the_kernels(dtype):
-    model = trained(Block())
-    frozen = sgfx.freeze(model, IMAGES, strategy="kernel")
-    with torch.no_grad():
-        expected = frozen(IMAGES)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            assert torch.equal(frozen(IMAGES), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_copies_keep_their_decisions():
-    frozen = sgfx.freeze(trained(Block()), IMAGES, strategy="library")
-    assert copy.deepcopy(frozen).decisions == frozen.decisions
-
-
-def test_decisions_that_came_with_a_model_are_taken_for_the_same_layers_and_sizes_alone():
-    dense = trained(Block())
-    made = sgfx.freeze(dense, IMAGES).decisions
-    assert sgfx.freeze(dense, IMAGES).decisions.layers == made.layers
-    small = sgfx.compile(dense, groups=3, ratio=0.5)
-    for model, images in ((small, IMAGES), (dense, IMAGES[:1])):
-        found = sgfx.freeze(model, images).decisions
-        for path in ("conv1", "conv2", "down"):
-            assert found.layers[path].macs < made.layers[path].macs
-            assert found.layers[path].milliseconds != made.layers[path].milliseconds
-
-
-def test_decisions_given_for_other_sizes_keep_the_ways_and_not_the_times():
-    model = trained(Block())
-    made = sgfx.freeze(model, IMAGES).decisions
-    found = sgfx.freeze(model, IMAGES[:1], decisions=made).decisions
-    for path in ("stem", "conv1", "conv2", "down"):
-        assert found.layers[path].name == made.layers[path].name
-        assert found.layers[path].macs == made.layers[path].macs // 2
-        assert not found.layers[path].milliseconds
-
-
-def test_decisions_of_other_sizes_with_as_many_macs_are_not_taken():
-    model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
-    made = sgfx.freeze(model, torch.rand(4, 3, 16, 16)).decisions
-    found = sgfx.freeze(model, torch.rand(1, 3, 32, 32)).decisions
-    assert found.layers["0"].macs == made.layers["0"].macs
-    assert found.layers["0"].shape == (1, 3, 32, 32)
-    assert found.layers["0"].milliseconds != made.layers["0"].milliseconds
-
-
-def pretend(monkeypatch, fastest: dict[str, float], whole: dict[str, float] | None = None) -> None:
-    """Let candidates take the milliseconds of their ways, and whole models those of their names."""
-    monkeypatch.setattr(
-        "passes.freezing.choosing._measured",
-        lambda candidates, _: {name: fastest.get(name.split()[0], 9.0) for name in candidates},
-    )
-    if whole is not None:
-        monkeypatch.setattr("sgfx.freezing._interleaved", lambda forms, _: {name: whole[name] for name in forms})
-
-
-@needs_kernel
-def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(monkeypatch):
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)
-    pretend(monkeypatch, {"dense": 1.0}, {"chosen": 1.0, "library alone": 2.0})
-    frozen = sgfx.freeze(small, IMAGES)
-    layers = frozen.decisions.layers
-    assert {path for path, layer in layers.items() if layer.way == "dense"} == {"conv1", "conv2", "down", "head"}
-    assert all(len(layer.tiling) == 2 for path, layer in layers.items() if layer.way == "dense")
-    assert error(frozen, small, IMAGES) < 1e-5
-    report = sgfx.report(Block(), frozen, IMAGES)
-    assert report.macs < report.macs_dense  # what is pruned counts as pruned
-    again = sgfx.freeze(small, IMAGES, decisions=json.loads(json.dumps(frozen.decisions.to_dict())))
-    assert again.decisions.layers == layers
-    assert torch.equal(again(IMAGES), frozen(IMAGES))
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("whole", "ways", "note"),
-    [
-        ({"chosen": 1.0, "dense": 2.0, "library alone": 3.0}, {"kernel"}, ""),
-        ({"chosen": 2.0, "dense": 1.0, "library alone": 3.0}, {"dense"}, "regrouping is not faster here"),
-        ({"chosen": 3.0, "dense": 2.0, "library alone": 1.0}, {"library"}, "the library alone is faster"),
-    ],
-)
-def test_a_whole_that_is_not_faster_than_dense_is_run_densely(monkeypatch, whole, ways, note):
-    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
-    pretend(monkeypatch, {"kernel": 1.0, "dense": 2.0}, whole)
-    frozen = sgfx.freeze(small, IMAGES)
-    assert {frozen.decisions.layers[path].way for path in ("conv1", "conv2", "down")} == ways
-    assert frozen.decisions.note.startswith(note)
-    assert bool(frozen.decisions.note) == bool(note)
-    assert frozen.decisions.milliseconds == whole
-    assert error(frozen, small, IMAGES) < 1e-5
-    assert sgfx.freeze(small, IMAGES).decisions.layers == frozen.decisions.layers  # they came with the model
-
-
-@needs_kernel
-def test_of_a_dense_model_there_is_no_denser_form(monkeypatch):
-    pretend(monkeypatch, {"kernel": 1.0}, {"chosen": 1.0, "library alone": 3.0})
-    frozen = sgfx.freeze(trained(Block()), IMAGES)
-    assert list(frozen.decisions.milliseconds) == ["chosen", "library alone"]
-
-
-@pytest.mark.parametrize(
-    ("way", "tiling"), [("foo", []), ("dense", []), ("kernel", [0, 4]), ("kernel", [28]), ("library", [28, 4])]
-)
-def test_decisions_that_name_no_way(way, tiling):
-    data = sgfx.freeze(trained(Block()), IMAGES, strategy="library").decisions.to_dict()
-    data["layers"]["stem"] |= {"way": way, "tiling": tiling}
-    with pytest.raises(InputError, match="the decision for layer 'stem' must be one of library, channels_last, kernel"):
-        sgfx.freeze(Block().eval(), IMAGES, decisions=data)
-
-
-@pytest.mark.parametrize("change", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_weights_that_hooks_compute_are_refused(change):
-    model = nn.Sequential(change(nn.Conv2d(3, 4, 3))).eval()
-    with pytest.raises(InputError, match=r"the weight of layer '0' is computed by a hook .* make it a plain parameter"):
-        sgfx.freeze(model, IMAGES)
-
-
-def test_the_example_is_not_worked_on():
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)).eval()
-    images = IMAGES.clone()
-    sgfx.freeze(model, images)
-    assert torch.equal(images, IMAGES)
-
-
-def test_a_module_is_what_its_class_says_and_not_its_name():
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = nn.Linear(20, 20), nn.Linear(20, 20)
-            self.add, self.relu = nn.Bilinear(20, 20, 20), nn.Sigmoid()
-
-        def forward(self, x):
-            return self.relu(self.add(self.one(x), self.other(x)))
-
-    model = Named().eval()
-    assert error(sgfx.freeze(model, IMAGES), model, IMAGES) < 1e-5
-
-
-def test_pictures_without_a_batch_and_pools_with_indices():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, return_indices=True)
-
-        def forward(self, x):
-            return self.pool(F.max_pool2d(self.conv(x), 2))[0]
-
-    model = Net().eval()
-    for images in (IMAGES, IMAGES[0]):
-        assert error(sgfx.freeze(model, images), model, images) < 1e-5
-
-
-def test_a_machine_without_the_kernel_is_told(monkeypatch):
-    monkeypatch.setattr("passes.kernel.supported", lambda: "numba can't be imported (no)")
-    model = trained(Block())
-    with pytest.warns(UserWarning, match=r"freeze uses the library alone: the kernel can't run here: numba"):
-        frozen = sgfx.freeze(model, IMAGES)
-    assert "numba can't be imported" in frozen.decisions.note
-    assert not any(isinstance(module, PackedConv2d) for module in frozen.modules())
-    with pytest.raises(InputError, match="strategy='kernel' asks for the kernel, which can't run here: numba"):
-        sgfx.freeze(model, IMAGES, strategy="kernel")

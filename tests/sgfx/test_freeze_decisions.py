@@ -1,0 +1,174 @@
+"""What freezing decides for each layer and for the whole, by measuring: kept, carried along, or not taken."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sgfx
+import sgfx.freezing
+from passes.errors import InputError
+from passes.freezing.decisions import Decisions, decisions_of
+from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
+
+
+def test_decisions_are_kept_and_taken_without_measuring(monkeypatch):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    frozen = sgfx.freeze(small, IMAGES)
+    made = frozen.decisions
+    assert decisions_of(small) is made
+    assert made.layers["conv2"].milliseconds[made.layers["conv2"].name] > 0
+    assert made.layers["stem"].macs == 2 * 20 * 20 * 8 * 27
+    assert "conv2" in str(made)
+    again = Decisions.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again == made
+    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
+    for decisions in (None, made, made.to_dict()):
+        other = sgfx.freeze(small, IMAGES, decisions=decisions)
+        assert {path: layer.name for path, layer in other.decisions.layers.items()} == {
+            path: layer.name for path, layer in made.layers.items()
+        }
+        assert error(other, small, IMAGES) < 1e-5
+
+
+def test_decisions_travel_in_files(tmp_path, monkeypatch):
+    model = trained(Block())
+    small = sgfx.compile(model, groups=3, ratio=0.5)
+    frozen = sgfx.freeze(small, IMAGES)
+    sgfx.save(small, tmp_path / "small.safetensors")
+    loaded = sgfx.load(tmp_path / "small.safetensors", into=trained(Block()))
+    assert decisions_of(loaded) == frozen.decisions
+    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
+    assert torch.equal(sgfx.freeze(loaded, IMAGES)(IMAGES), frozen(IMAGES))
+
+
+def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    sgfx.freeze(small, IMAGES)
+    monkeypatch.setattr("sgfx.freezing.machine", lambda: "another machine")
+    measured = []
+    measure = "passes.freezing.choosing._measured"
+    monkeypatch.setattr(measure, lambda candidates, inputs: measured.append(1) or dict.fromkeys(candidates, 1.0))
+    sgfx.freeze(small, IMAGES)
+    assert measured
+
+
+def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    sgfx.freeze(small, IMAGES)
+    ways = {layer.way for layer in sgfx.freeze(small, IMAGES, strategy="library").decisions.layers.values()}
+    assert ways == {"library"}
+
+
+def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monkeypatch):
+    done = []
+    for name in ("fuse", "run_passes"):
+        function = getattr(sgfx.freezing, name)
+        monkeypatch.setattr(f"sgfx.freezing.{name}", lambda *args, f=function, n=name: done.append(n) or f(*args))
+    model = trained(Block())
+    sgfx.freeze(model, IMAGES)
+    assert done == ["fuse"]
+    sgfx.freeze(sgfx.compile(model, groups=3, ratio=0.5), IMAGES)
+    assert done == ["fuse", "run_passes", "fuse"]
+
+
+def test_copies_keep_their_decisions():
+    frozen = sgfx.freeze(trained(Block()), IMAGES, strategy="library")
+    assert copy.deepcopy(frozen).decisions == frozen.decisions
+
+
+def test_decisions_that_came_with_a_model_are_taken_for_the_same_layers_and_sizes_alone():
+    dense = trained(Block())
+    made = sgfx.freeze(dense, IMAGES).decisions
+    assert sgfx.freeze(dense, IMAGES).decisions.layers == made.layers
+    small = sgfx.compile(dense, groups=3, ratio=0.5)
+    for model, images in ((small, IMAGES), (dense, IMAGES[:1])):
+        found = sgfx.freeze(model, images).decisions
+        for path in ("conv1", "conv2", "down"):
+            assert found.layers[path].macs < made.layers[path].macs
+            assert found.layers[path].milliseconds != made.layers[path].milliseconds
+
+
+def test_decisions_given_for_other_sizes_keep_the_ways_and_not_the_times():
+    model = trained(Block())
+    made = sgfx.freeze(model, IMAGES).decisions
+    found = sgfx.freeze(model, IMAGES[:1], decisions=made).decisions
+    for path in ("stem", "conv1", "conv2", "down"):
+        assert found.layers[path].name == made.layers[path].name
+        assert found.layers[path].macs == made.layers[path].macs // 2
+        assert not found.layers[path].milliseconds
+
+
+def test_decisions_of_other_sizes_with_as_many_macs_are_not_taken():
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    made = sgfx.freeze(model, torch.rand(4, 3, 16, 16)).decisions
+    found = sgfx.freeze(model, torch.rand(1, 3, 32, 32)).decisions
+    assert found.layers["0"].macs == made.layers["0"].macs
+    assert found.layers["0"].shape == (1, 3, 32, 32)
+    assert found.layers["0"].milliseconds != made.layers["0"].milliseconds
+
+
+def pretend(monkeypatch, fastest: dict[str, float], whole: dict[str, float] | None = None) -> None:
+    """Let candidates take the milliseconds of their ways, and whole models those of their names."""
+    monkeypatch.setattr(
+        "passes.freezing.choosing._measured",
+        lambda candidates, _: {name: fastest.get(name.split()[0], 9.0) for name in candidates},
+    )
+    if whole is not None:
+        monkeypatch.setattr("sgfx.freezing._interleaved", lambda forms, _: {name: whole[name] for name in forms})
+
+
+@needs_kernel
+def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(monkeypatch):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)
+    pretend(monkeypatch, {"dense": 1.0}, {"chosen": 1.0, "library alone": 2.0})
+    frozen = sgfx.freeze(small, IMAGES)
+    layers = frozen.decisions.layers
+    assert {path for path, layer in layers.items() if layer.way == "dense"} == {"conv1", "conv2", "down", "head"}
+    assert all(len(layer.tiling) == 2 for path, layer in layers.items() if layer.way == "dense")
+    assert error(frozen, small, IMAGES) < 1e-5
+    report = sgfx.report(Block(), frozen, IMAGES)
+    assert report.macs < report.macs_dense  # what is pruned counts as pruned
+    again = sgfx.freeze(small, IMAGES, decisions=json.loads(json.dumps(frozen.decisions.to_dict())))
+    assert again.decisions.layers == layers
+    assert torch.equal(again(IMAGES), frozen(IMAGES))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("whole", "ways", "note"),
+    [
+        ({"chosen": 1.0, "dense": 2.0, "library alone": 3.0}, {"kernel"}, ""),
+        ({"chosen": 2.0, "dense": 1.0, "library alone": 3.0}, {"dense"}, "regrouping is not faster here"),
+        ({"chosen": 3.0, "dense": 2.0, "library alone": 1.0}, {"library"}, "the library alone is faster"),
+    ],
+)
+def test_a_whole_that_is_not_faster_than_dense_is_run_densely(monkeypatch, whole, ways, note):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    pretend(monkeypatch, {"kernel": 1.0, "dense": 2.0}, whole)
+    frozen = sgfx.freeze(small, IMAGES)
+    assert {frozen.decisions.layers[path].way for path in ("conv1", "conv2", "down")} == ways
+    assert frozen.decisions.note.startswith(note)
+    assert bool(frozen.decisions.note) == bool(note)
+    assert frozen.decisions.milliseconds == whole
+    assert error(frozen, small, IMAGES) < 1e-5
+    assert sgfx.freeze(small, IMAGES).decisions.layers == frozen.decisions.layers  # they came with the model
+
+
+@needs_kernel
+def test_of_a_dense_model_there_is_no_denser_form(monkeypatch):
+    pretend(monkeypatch, {"kernel": 1.0}, {"chosen": 1.0, "library alone": 3.0})
+    frozen = sgfx.freeze(trained(Block()), IMAGES)
+    assert list(frozen.decisions.milliseconds) == ["chosen", "library alone"]
+
+
+@pytest.mark.parametrize(
+    ("way", "tiling"), [("foo", []), ("dense", []), ("kernel", [0, 4]), ("kernel", [28]), ("library", [28, 4])]
+)
+def test_decisions_that_name_no_way(way, tiling):
+    data = sgfx.freeze(trained(Block()), IMAGES, strategy="library").decisions.to_dict()
+    data["layers"]["stem"] |= {"way": way, "tiling": tiling}
+    with pytest.raises(InputError, match="the decision for layer 'stem' must be one of library, channels_last, kernel"):
+        sgfx.freeze(Block().eval(), IMAGES, decisions=data)

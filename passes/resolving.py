@@ -80,12 +80,12 @@ class _Problem:
         filters = torch.cat([own for own, _ in groups])
         sample, start, scale = self._sample, self.start[filters], self._scale[filters]
         wanted, offset = sample.wanted[:, filters], sample.offset[:, filters]
-        change = self._solver(groups)
+        change = self._solver(groups, start)
 
         def solved(targets: Tensor) -> tuple[Tensor, Tensor]:
             targets = (targets - offset) / scale
             middle = targets.mean(0) if self._intercept else torch.zeros_like(targets[0])
-            weight = start + change(targets.sub_(middle).sub_(self._x @ start.T))
+            weight = start + change(targets.sub_(middle))
             return weight, middle - weight @ self._mean
 
         weight, bias = solved(wanted)
@@ -94,25 +94,36 @@ class _Problem:
             weight, bias = solved(clipped_targets(wanted, present))
         return weight, bias
 
-    def _solver(self, groups: Groups) -> Callable[[Tensor], Tensor]:
-        """A function from what is left to be explained ``[rows, filters]`` to the change of the weights that does."""
-        gram, sizes = self._gram, [len(own) for own, _ in groups]
-        factors = [] if gram is None else [factor(gram, keep, self._ridge) for _, keep in groups]
+    def _solver(self, groups: Groups, start: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from centred targets ``[rows, filters]`` to the change of the weights `start` that meets them."""
+        x, gram = self._x, self._gram
+        every = torch.arange(len(start), device=start.device)
+        parts = list(zip(torch.split(every, [len(own) for own, _ in groups]), (k for _, k in groups), strict=True))
+        if gram is None:
+            explained = x @ start.T
 
-        def change(left: Tensor) -> Tensor:
-            found = left.new_zeros(left.shape[1], self._x.shape[1])
-            cross = None if gram is None else self._x.T @ left
-            for index, (rows, (_, keep)) in enumerate(
-                zip(torch.split(torch.arange(len(found)), sizes), groups, strict=True)
-            ):
-                if cross is None:
-                    part = solve_dual(self._x[:, keep], left[:, rows], self._ridge)
-                else:
-                    part = solve(factors[index], cross[keep[:, None], rows])
-                found[rows[:, None], keep] = part
-            return found
+            def change(targets: Tensor) -> Tensor:
+                left = targets - explained
+                found = [solve_dual(x[:, keep], left[:, own], self._ridge) for own, keep in parts]
+                return _joined(parts, found, start)
+        else:
+            factors = [factor(gram, keep, self._ridge) for _, keep in parts]
+            explained = gram @ start.T  # Xᵀ(Y − XW⁰ᵀ) = XᵀY − (XᵀX)W⁰ᵀ: a product with all rows less in every round
+
+            def change(targets: Tensor) -> Tensor:
+                cross = x.T @ targets - explained
+                found = [solve(f, cross[keep[:, None], own]) for f, (own, keep) in zip(factors, parts, strict=True)]
+                return _joined(parts, found, start)
 
         return change
+
+
+def _joined(parts: Groups, found: list[Tensor], like: Tensor) -> Tensor:
+    """What was found for the filters and columns of each part, in one tensor, with 0 elsewhere."""
+    whole = torch.zeros_like(like)
+    for (own, keep), part in zip(parts, found, strict=True):
+        whole[own[:, None], keep] = part
+    return whole
 
 
 def _batched(groups: Groups) -> Iterator[Groups]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from passes.adoption import adopt
@@ -96,20 +97,21 @@ def compile(
         "leaf_modules": leaf_modules,
     }
     share = _share(ratio, budget, step, calibration)
-    batches = None
-    if calibration is not None:
-        check_model(model)
-        batches = read_examples(calibration, "calibration", model)
-    if step is not None:
-        small = _compile_in_steps(model, step, finetune, options)
-    elif finetune is not None:
-        raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
-    else:
-        small = _compile_at_once(model, options, share, batches, eliminate)
-    if batches is not None:
-        calibrate_on(model, small, batches, resolved_leaves(model, leaf_modules))
-    if eliminate:
-        eliminated(small, options)
+    with torch.inference_mode(False):  # or what is made here could never be trained
+        batches = None
+        if calibration is not None:
+            check_model(model)
+            batches = read_examples(calibration, "calibration", model)
+        if step is not None:
+            small = _compile_in_steps(model, step, finetune, options)
+        elif finetune is not None:
+            raise InputError("finetune is called after each pruning step: give step too, such as step=0.05")
+        else:
+            small = _compile_at_once(model, options, share, batches, eliminate)
+        if batches is not None:
+            calibrate_on(model, small, batches, resolved_leaves(model, leaf_modules))
+        if eliminate:
+            eliminated(small, options)
     if not inplace:
         return small
     adopt(model, small)

@@ -84,16 +84,16 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     """
     _check_fresh(into)
     file = Path(path)
-    structure, tensors = _read(file)
-    try:
-        small = _rebuilt(into, structure, tensors)
-        decisions = Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
-    except InputError as error:
-        raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, and yet it makes no sense
-        raise InputError(
-            f"{file} is malformed ({type(error).__name__}: {error}); it was not written by sgfx"
-        ) from error
+    with torch.inference_mode(False):  # or what is made here could never be trained
+        structure, tensors = _read(file)
+        try:
+            small = _rebuilt(into, structure, tensors)
+            decisions = Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
+        except InputError as error:
+            raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, yet it makes no sense
+            kind = type(error).__name__
+            raise InputError(f"{file} is malformed ({kind}: {error}); it was not written by sgfx") from error
     adopt(into, small)
     attach_decisions(into, decisions)
     return into

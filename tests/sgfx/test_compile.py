@@ -420,6 +420,19 @@ def test_inplace_leaves_tensors_alone_that_can_not_be_written_to():
         assert torch.equal(sgfx.compile(model, ratio=0.5, inplace=True)(IMAGES), expected(IMAGES))
 
 
+def test_what_is_compiled_or_loaded_in_inference_mode_can_be_trained(tmp_path):
+    model = net()
+    with torch.inference_mode():
+        small = sgfx.compile(model, ratio=0.5)
+        sgfx.save(small, tmp_path / "small.safetensors")
+        sgfx.load(tmp_path / "small.safetensors", into=model)
+        idle = sgfx.load(tmp_path / "small.safetensors", into=net())  # made here, so for inference alone
+        assert torch.equal(idle.eval()(IMAGES), small.eval()(IMAGES))
+    for each in (small, model):
+        each.train()(IMAGES).sum().backward()
+        assert all(parameter.grad is not None for parameter in each.parameters())
+
+
 def test_the_default_device_has_no_say():
     model = net()
     expected = sgfx.compile(model, ratio=0.5)

@@ -1,16 +1,17 @@
 """What a dense model teaches in place of labels: its outputs, and those of its blocks.
 
 A block is a module that holds convolutions or linear layers itself, such as a residual block; the model as a whole is
-not one. Blocks of two models belong together by their names, where they are called equally often and give tensors of
-the same shapes; others are left out, so a teacher of another architecture teaches by its outputs alone.
+not one. Blocks of two models belong together by their names. They help, and are never asked for: what is called another
+number of times, gives other shapes or what can't be compared is left out, so a teacher of another architecture teaches
+by its outputs alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,17 @@ from torch.utils import _pytree as pytree
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import shapes_of
+from passes.layers.grouped import Grouped
 
 T = TypeVar("T")
-BLOCKS = 3.0  # weight of the blocks' mean distance beside that of the outputs
+BLOCKS = 3.0  # weight of the mean distance of all that blocks give, beside that of the outputs
+
+
+class _Call(NamedTuple):
+    """The tensors that go into one call of a block, and that come out."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
 
 class Teacher:
@@ -38,7 +47,7 @@ class Teacher:
         self._blocks = [
             name
             for name, module in dense.named_modules()
-            if name and any(isinstance(child, _ConvNd | nn.Linear) for child in module.children())
+            if name and any(isinstance(child, _ConvNd | nn.Linear | Grouped) for child in module.children())
         ]
 
     def lesson(self, model: nn.Module, inputs: tuple[Any, ...], run: Callable[[], T]) -> tuple[T, Tensor]:
@@ -50,20 +59,22 @@ class Teacher:
             run: calls it with them, and returns what it gives.
 
         Returns:
-            What `run` returned, and its distance from the teacher's outputs plus that of the blocks, to be minimised.
+            What `run` returned, and what is to be minimised: its distance from the teacher's outputs plus `BLOCKS`
+            times the mean distance of what the blocks give.
 
         Raises:
-            InputError: the teacher can't be run on the inputs, or its outputs have another structure or other shapes.
+            InputError: the teacher can't be run on the inputs, its outputs have other shapes, or the model's have no
+                gradient.
         """
-        with _outputs_of(self._model, self._blocks) as wanted_blocks:
+        with _watched(self._model, self._blocks) as theirs:
             wanted = self._targets(inputs)
-        with _outputs_of(model, self._blocks) as blocks:
+        with _watched(model, self._blocks) as mine:
             outputs = run()
         loss = distance(outputs, wanted)
-        names = [name for name in blocks if _shapes(blocks[name]) == _shapes(wanted_blocks.get(name))]
-        if any(_tensors(blocks[name]) for name in names):
-            loss = loss + BLOCKS * distance([blocks[n] for n in names], [wanted_blocks[n] for n in names])
-        return outputs, loss
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise InputError("the model's outputs have no gradient: its forward detaches them, or runs under no_grad")
+        blocks = list(_block_distances(mine, theirs))
+        return outputs, loss + BLOCKS * torch.stack(blocks).mean() if blocks else loss
 
     def _targets(self, inputs: tuple[Any, ...]) -> Any:
         for tensor in _tensors(inputs):
@@ -82,16 +93,31 @@ def distance(outputs: Any, wanted: Any) -> Tensor:
     they mean. Differentiable in `outputs`.
 
     Raises:
-        InputError: they differ in structure or shape.
+        InputError: their floating-point tensors differ in number or shape, or there are none.
     """
-    pairs = list(zip(_tensors(outputs), _tensors(wanted), strict=False))
-    if _shapes(outputs) != _shapes(wanted) or not pairs:
+    own, goal = _tensors(outputs), _tensors(wanted)
+    if _shapes(own) != _shapes(goal) or not goal:
         raise InputError(
             f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
             "must be the same tensors of floating-point numbers"
         )
-    errors = [(own.float() - goal.float()).square().mean() / _variance(goal.float()) for own, goal in pairs]
-    return torch.stack(errors).mean()
+    return torch.stack([_error(x, y, _variance(y)) for x, y in zip(own, goal, strict=True)]).mean()
+
+
+def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]]) -> Iterator[Tensor]:
+    """The distance of every tensor that a block gives at every call, where two models' can be compared.
+
+    The error is set against the variance of what the teacher's block gives or reads, whichever is larger: what a
+    branch adds may be small beside what it is added to, and need then not be met as well.
+    """
+    for name, calls in mine.items():
+        known = theirs.get(name, [])
+        if [_shapes(call.outputs) for call in calls] != [_shapes(call.outputs) for call in known]:
+            continue
+        for own, goal in zip(calls, known, strict=True):
+            for x, y in zip(own.outputs, goal.outputs, strict=True):
+                if all(bool(torch.isfinite(z).all()) for z in (y, *goal.inputs)):
+                    yield _error(x, y, torch.stack([_variance(z) for z in (y, *goal.inputs)]).max())
 
 
 def in_single_precision(value: T) -> T:
@@ -104,32 +130,42 @@ def in_single_precision(value: T) -> T:
 
 
 @contextmanager
-def _outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """What the modules of these names give while this lasts, call after call."""
-    found: dict[str, list[Any]] = {}
+def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[_Call]]]:
+    """The calls of the modules of these names while this lasts."""
+    found: dict[str, list[_Call]] = {}
     modules = dict(model.named_modules())
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        found.setdefault(name, []).append(output)
+        found.setdefault(name, []).append(_Call(_comparable(inputs), _comparable(output)))
 
-    handles = [modules[name].register_forward_hook(partial(note, name)) for name in names if name in modules]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):  # these take no hooks
+                hooks.callback(modules[name].register_forward_hook(partial(note, name)).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _shapes(outputs: Any) -> list[torch.Size]:
-    return [x.shape for x in _tensors(outputs)]
+def _comparable(outputs: Any) -> list[Tensor]:
+    """Those that have numbers at places; tensors inside a transformation of functions are none of ours."""
+    plain = [x for x in _tensors(outputs) if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    return [x for x in plain if x.layout == torch.strided and not x.is_nested and x.numel()]
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in tensors]
+
+
+def _error(x: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+    return (x.float() - wanted.float()).square().mean() / variance
 
 
 def _variance(x: Tensor) -> Tensor:
-    """The variance of what is wanted, its mean square where it is all the same number, and 1 where that is 0."""
+    """The variance of numbers, or their mean square where they are all the same, and 1 where that is 0."""
+    x = x.detach().float()
     variance, power = (x - x.mean()).square().mean(), x.square().mean()
     scale = torch.where(variance > 1e-10 * power, variance, power)
     return torch.where(scale < torch.finfo(x.dtype).tiny, 1.0, scale)

@@ -116,8 +116,9 @@ def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]
             continue
         for own, goal in zip(calls, known, strict=True):
             for x, y in zip(own.outputs, goal.outputs, strict=True):
-                if all(bool(torch.isfinite(z).all()) for z in (y, *goal.inputs)):
-                    yield _error(x, y, torch.stack([_variance(z) for z in (y, *goal.inputs)]).max())
+                if _is_finite(y):
+                    beside = [z for z in goal.inputs if z.device == y.device and _is_finite(z)]
+                    yield _error(x, y, torch.stack([_variance(z) for z in (y, *beside)]).max())
 
 
 def in_single_precision(value: T) -> T:
@@ -153,6 +154,10 @@ def _comparable(outputs: Any) -> list[Tensor]:
     """Those that have numbers at places; tensors inside a transformation of functions are none of ours."""
     plain = [x for x in _tensors(outputs) if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
     return [x for x in plain if x.layout == torch.strided and not x.is_nested and x.numel()]
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
 
 
 def _shapes(tensors: list[Tensor]) -> list[torch.Size]:

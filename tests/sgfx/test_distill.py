@@ -200,6 +200,29 @@ def test_what_blocks_give_and_cant_be_compared_is_left_out(more, counts):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_block_that_reads_what_is_not_finite_is_compared():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = Mix(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.mix(x, torch.full((5, 5), -math.inf).triu(1)))
+
+    class Mix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            return (self.query(x) @ x.T + mask).softmax(1) @ x
+
+    torch.manual_seed(0)
+    dense, small, x = Attention(), Attention(), torch.randn(5, 4)
+    found, loss = Teacher(dense).lesson(small, (x,), lambda: small(x))
+    assert loss.item() > distance(found, dense(x)).item()
+
+
 def test_a_branch_counts_as_little_as_it_adds():
     torch.manual_seed(0)
     dense, x = Halves(), torch.randn(64, 4)

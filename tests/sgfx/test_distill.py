@@ -329,8 +329,7 @@ def test_variations_are_flips_and_shifts():
     assert torch.equal(varied(torch.ones(2, 3), generator), torch.ones(2, 3))
 
 
-def test_a_trainer_with_a_teacher_needs_no_right_labels(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+def test_a_trainer_with_a_teacher_needs_no_right_labels():
     x = images(64).float()
     dense, small = compiled(calibration=x)
     was = error(dense, small, x)
@@ -369,8 +368,7 @@ def test_distilling_under_inference_mode_and_with_two_inputs():
     assert not torch.equal(small.head.weight, before)
 
 
-def test_a_trainer_with_a_teacher_needs_no_labels_at_all(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+def test_a_trainer_with_a_teacher_needs_no_labels_at_all():
     x = images(64).float()
     dense, _ = compiled()
     found = []
@@ -385,7 +383,6 @@ def test_a_trainer_with_a_teacher_needs_no_labels_at_all(monkeypatch):
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_trainer_brings_blocks_closer_too(monkeypatch, precision):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     torch.manual_seed(0)
     dense, x = Halves(32).eval(), torch.randn(64, 4)
     errors = []
@@ -397,8 +394,7 @@ def test_a_trainer_brings_blocks_closer_too(monkeypatch, precision):
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_a_teacher_that_does_not_fit_moves_nothing(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+def test_a_teacher_that_does_not_fit_moves_nothing():
     x = images(8).float()
     _, small = compiled()
     before = state(small)

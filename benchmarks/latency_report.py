@@ -145,8 +145,9 @@ def page(results: dict[str, Any], chart: str) -> str:
         "in turn, round by round, each after a pause, and the second of two calls counts. A ratio is the median of the "
         "ratios within the rounds, in brackets are its quartiles. *Best dense* is the fastest of eager, channels_last, "
         "compiled (inductor, weights frozen) and ONNX Runtime.",
-        "Networks are compiled with 16 groups, convolutions at 0.8, linear layers at 0.6. Weights are random, for want "
-        "of trained ones; the groups found in them are uneven (see each table).",
+        "Networks are compiled with 16 groups, convolutions at 0.8, linear layers at 0.6. ResNet-50 keeps its "
+        "downsample convolutions dense, as in the paper; *all but the stem* regroups them too. Weights are random, for "
+        "want of trained ones; the groups found in them are uneven (see each table).",
         f"![Milliseconds of every form]({chart})",
         "## What must be reached",
         tabulate(required(results), head, tablefmt="github", disable_numparse=True),

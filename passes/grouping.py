@@ -1,4 +1,4 @@
-"""Self-grouping: k-means over the importance vectors of a layer's filters (METHOD.md eq. 7, 8).
+"""Self-grouping: k-means over the importance vectors of a layer's filters (the paper's eq. 7, 8).
 
 Restarts pay on small layers, which are cheap, and not on large ones: each layer gets as many k-means++ restarts as fit
 a budget of arithmetic, between one and ten. Labels are numbered by first appearance, so equal partitions have equal

@@ -1,4 +1,4 @@
-"""Importance: how much each input matters to each filter (METHOD.md eq. 5, 6).
+"""Importance: how much each input matters to each filter (the paper's eq. 5, 6).
 
 For a convolution ``v[f, c] = ‖W[f, c, :, :]‖`` in the norm that the criterion names; a linear layer is the case of one
 weight per connection. The norm is taken where the weight lies (in float32 at least); only the vectors travel to the

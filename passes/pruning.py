@@ -1,4 +1,4 @@
-"""Centroid-based pruning: truncate the smallest centroid entries of a layer (METHOD.md eq. 9 to 14).
+"""Centroid-based pruning: truncate the smallest centroid entries of a layer (the paper's eq. 9 to 14).
 
 The entries ``μ[g, c]`` are sorted ascending by (value, group, channel); an entry stands for the ``|g|`` connections of
 its group to input ``c``. As many are truncated as bring the share of pruned connections nearest to the requested ratio.

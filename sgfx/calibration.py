@@ -33,7 +33,8 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
 
     Args:
         dense: the model before `sgfx.compile`; it is not changed.
-        small: what `sgfx.compile` or `Pruner.lower` made of it, changed in place once everything has succeeded.
+        small: what `sgfx.compile` (without ``eliminate=True``) or `Pruner.lower` made of it, changed in place once
+            everything has succeeded.
         data: a tensor ``[N, …]`` of examples, or an iterable of batches, read once; a batch is a tensor, or a tuple or
             list that starts with the input (with all inputs, where the model's forward requires several). A few hundred
             examples from the training data are enough.
@@ -47,6 +48,8 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
         TypeError: an argument is of the wrong type.
     """
     check_compiled(dense, small)
+    if cuts(small):
+        raise InputError("filters have been eliminated from small: give the data to sgfx.compile(…, calibration=data)")
     return calibrate_on(dense, small, read_examples(data, "data", small))
 
 
@@ -69,7 +72,7 @@ def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: C
 
 
 def check_compiled(dense: nn.Module, small: nn.Module) -> None:
-    """Refuse a `small` that is not a compiled form of `dense`."""
+    """Refuse a `small` that is not a compiled form of `dense`, eliminated or not."""
     check_model(dense)
     check_model(small)
     modules = dict(dense.named_modules())
@@ -77,8 +80,6 @@ def check_compiled(dense: nn.Module, small: nn.Module) -> None:
     grouped = [path for path, module in small.named_modules() if isinstance(module, Grouped)]
     if not grouped:
         raise InputError("small has no regrouped layers: it must be what sgfx.compile or Pruner.lower returned")
-    if cuts(small):
-        raise InputError("filters have been eliminated from small: give the data to sgfx.compile(…, calibration=data)")
     if all(isinstance(modules.get(path), Grouped) for path in grouped):
         raise InputError("dense has been compiled itself: give the model from before sgfx.compile")
     for path, plan in found.items():

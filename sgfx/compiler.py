@@ -51,7 +51,7 @@ def compile(
     ordinary module: train it, pickle it, move it. `sgfx.plans` and `sgfx.report` say what became of each layer.
 
     Args:
-        model: a trained model. It is not changed, and only run for `calibration`. If torch.fx can't trace it whole, its
+        model: a trained model. It is neither run nor changed. If torch.fx can't trace it whole, its
             largest traceable parts are compiled.
         groups: groups per layer, at most; clipped to the layer's filters.
         ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
@@ -64,7 +64,7 @@ def compile(
             first convolution and layers of fewer than 4 filters or inputs alone; a pattern only sets values for layers
             that are regrouped anyway. Later patterns win over earlier ones, exact names over patterns.
         criterion: ``"l1"``, ``"l2"``, or a callable from the weight ``[C_out, C_in, *kernel]`` to an importance
-            ``[C_out, C_in]``, finite and not negative (eq. 5, 6).
+            ``[C_out, C_in]``, finite and not negative (the paper's eq. 5, 6).
         example_inputs: a tensor or a tuple of positional arguments, checked against the model. If it can't be traced
             whole, they are run through a copy without hooks, to see how the layers outside the traced parts are used;
             without them these layers are left alone.

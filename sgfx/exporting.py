@@ -76,7 +76,7 @@ def export(
     """Write a model as a self-contained program, in eval mode, on the CPU: ``.pt2`` (torch.export) or ``.onnx``.
 
     Args:
-        small: a compiled model, or any other. It is neither run nor changed. Hooks are not exported.
+        small: a compiled model, or any other but a frozen one. It is neither run nor changed. Hooks are not exported.
         path: the file; its suffix chooses the format. ``torch.export.load(path).module()`` runs the one, any ONNX
             runtime the other (``pip install 'sgfx[onnx]'`` to write it).
         example_inputs: a tensor or a tuple of positional arguments.

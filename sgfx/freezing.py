@@ -57,7 +57,8 @@ def freeze(
         model: a dense or a compiled model; it is neither run nor changed (but for the decisions, which stay with it).
         example_inputs: a tensor or a tuple of positional arguments, of the shape that will be asked for most.
         strategy: None to measure; ``"library"`` or ``"kernel"`` to force one.
-        decisions: those of an earlier result on this kind of machine (or their ``to_dict()``): nothing is measured.
+        decisions: those of an earlier result (or their ``to_dict()``), so that nothing is measured. They hold for the
+            kind of machine and the number of threads that they were made on; elsewhere a warning says that they don't.
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode, or, where a model can't be traced whole, a copy of it in which each
@@ -108,7 +109,14 @@ def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) ->
             f"decisions must be those of a frozen model, or their to_dict(), not {type(decisions).__name__}"
         )
     found = decisions or decisions_of(model)
-    return found if found is not None and found.machine == machine() else None
+    if found is None or found.machine == machine():
+        return found
+    if decisions is not None:
+        warnings.warn(
+            f"freeze measures anew: the decisions were made on {found.machine!r}, and this is {machine()!r}",
+            stacklevel=3,
+        )
+    return None
 
 
 def _note_without_kernel(strategy: str | None) -> str:

@@ -29,7 +29,8 @@ class Step:
 
     Attributes:
         index: number of the step, from 1.
-        requested_ratio: cumulative share of the regrouped layers' weights that was to be pruned so far (eq. 14).
+        requested_ratio: cumulative share of the regrouped layers' weights that was to be pruned so far (the
+            paper's eq. 14).
         achieved_ratio: the share that is pruned.
     """
 
@@ -49,9 +50,9 @@ class Pruner(Generic[M]):
         small = pruner.lower()
 
     At step ``s`` each layer is pruned to ``min(s · step, its ratio)``: importance, groups and masks are worked out anew
-    from the masked weights. Parameters stay the same objects, so one optimizer serves all steps. A step is complete
-    when the next one is asked for: leaving the loop inside a step and entering it again repeats that step, without
-    clustering again.
+    from the masked weights. Parameters stay the same objects until `lower`, so one optimizer serves all steps. A step
+    is complete when the next one is asked for: leaving the loop inside a step and entering it again repeats that step,
+    without clustering again.
 
     Attributes:
         model: the masked copy of the model, to be trained in place.
@@ -131,6 +132,8 @@ class Pruner(Generic[M]):
 
     def lower(self) -> M:
         """Regroup the masked model physically, in place, and return it: `model` is then the small model.
+
+        Make a new optimizer for further training: the regrouped layers have new weights, which an old one doesn't know.
 
         It may be called before all steps are done, and lowers what is masked then.
 

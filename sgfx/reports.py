@@ -18,7 +18,7 @@ class LayerReport:
         kind: the dense layer's class.
         groups: groups found; 0 if the layer was left alone.
         block_sizes: for each group, its filters and the inputs it reads.
-        requested_ratio, achieved_ratio: share of connections pruned (eq. 13); 0 if the layer was left alone.
+        requested_ratio, achieved_ratio: share of connections pruned (the paper's eq. 13); 0 if it was left alone.
         params_dense, params: parameters, bias included.
         macs_dense, macs: multiply-adds for the example inputs.
         reason: why the layer was left alone, or None.

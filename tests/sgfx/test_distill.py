@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sgfx
+from passes.cut import cuts
 from sgfx.distillation import varied
 from sgfx.teaching import BLOCKS, distance
 from tests.passes.test_calibrating_regions import Difference, Residual, images, made
@@ -224,3 +225,12 @@ def test_models_without_a_common_ground_are_refused():
         sgfx.distill(dense, dense, images(4).float())
     with pytest.raises(TypeError, match=r"teacher must be a torch\.nn\.Module"):
         sgfx.Trainer(small, [], epochs=1, lr=0.1, teacher="dense")
+
+
+def test_an_eliminated_model_is_distilled_too():
+    x, dense = images(64).float(), made(Residual()).float()
+    small = sgfx.compile(dense, groups=4, ratio=0.7, calibration=x, eliminate=True)
+    assert cuts(small)
+    was = error(dense, small, x)
+    sgfx.distill(dense, small, x, steps=40, lr=3e-3)
+    assert error(dense, small, x) < 0.8 * was

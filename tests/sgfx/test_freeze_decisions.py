@@ -172,3 +172,14 @@ def test_decisions_that_name_no_way(way, tiling):
     data["layers"]["stem"] |= {"way": way, "tiling": tiling}
     with pytest.raises(InputError, match="the decision for layer 'stem' must be one of library, channels_last, kernel"):
         sgfx.freeze(Block().eval(), IMAGES, decisions=data)
+
+
+def test_decisions_given_for_another_machine_are_not_taken_in_silence(monkeypatch):
+    model = trained(Block())
+    made = sgfx.freeze(model, IMAGES).decisions
+    monkeypatch.setattr("sgfx.freezing.machine", lambda: "another machine")
+    with pytest.warns(
+        UserWarning, match=r"freeze measures anew: the decisions were made on .*, and this is 'another ma"
+    ):
+        found = sgfx.freeze(model, IMAGES, decisions=made).decisions
+    assert found.machine == "another machine"

@@ -36,7 +36,8 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
             ``requires_grad=False`` are left alone.
         data: examples as `sgfx.calibrate` takes them; the more the better.
         steps: steps of Adam, at least 1.
-        lr: learning rate at the start, above 0.
+        lr: learning rate at the start, above 0. Compare the accuracy before and after: a rate that is too high for a
+            network makes it worse.
 
     Returns:
         `small`.

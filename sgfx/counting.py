@@ -1,15 +1,17 @@
 """Counting multiply-adds: those of convolutions and matrix products; one multiply-add is one.
 
 fvcore counts a model with its grouped layers in the "blocks" form, so what is counted is what is computed. A model that
-fvcore can't trace is counted by torch's flop counter, halved. The layers of a frozen model are counted from their
-plans: what they keep, at every position of what they give, however they are run.
+fvcore can't trace is counted by torch's flop counter, halved. Both count by the same formulas (`operation_macs.py`),
+so that a network has one number however it is written. The layers of a frozen model are counted from their plans: what
+they keep, at every position of what they give, however they are run.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,8 +23,7 @@ from passes.errors import InputError
 from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.layers.grouped import Grouped
 from passes.random_state import preserved_random_state
-
-COUNTED = {"conv", "linear", "addmm", "mm", "matmul", "bmm", "einsum"}
+from sgfx.operation_macs import fvcore_handles, torch_formulas
 
 
 def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
@@ -34,7 +35,7 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
     for module in twin.modules():
         if isinstance(module, Grouped):
             module.form = "blocks"
-    with preserved_random_state(), torch.no_grad(), warnings.catch_warnings():
+    with preserved_random_state(), torch.no_grad(), _whole_attention(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
         if layers := chosen_layers(twin):
             return _counted_from_plans(twin, layers, inputs)
@@ -44,12 +45,23 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
             return _counted_by_torch(twin, inputs)
 
 
+@contextmanager
+def _whole_attention() -> Iterator[None]:
+    """Let torch's transformer layers call the operations that they consist of: fused, they hide them in eval mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _counted_by_fvcore(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
     from fvcore.nn import FlopCountAnalysis
 
     analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counts = analysis.by_module_and_operator()
-    return Counter({path: int(sum(n for op, n in ops.items() if op in COUNTED)) for path, ops in counts.items()})
+    analysis.clear_op_handles().set_op_handle(**fvcore_handles())  # it has some of its own, for norms and pooling too
+    return Counter({path: int(macs) for path, macs in analysis.by_module().items()})
 
 
 def _counted_from_plans(model: nn.Module, layers: Mapping[str, Any], inputs: tuple[object, ...]) -> Counter[str]:
@@ -75,7 +87,7 @@ def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[s
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=torch_formulas()) as counter:
             model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)

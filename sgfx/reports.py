@@ -59,7 +59,8 @@ class Report:
 
     Attributes:
         layers: one entry for each convolution and linear layer, in the order of ``named_modules()``.
-        params_dense, params, macs_dense, macs: totals over the whole model.
+        params_dense, params, macs_dense, macs: totals over the whole model; MACs are those of convolutions and of
+            matrix products, attention's included.
         connections_removed: share of the regrouped layers' connections.
         params_removed, macs_removed: shares of the totals above.
         filters_eliminated, params_eliminated, macs_eliminated: what elimination saved beyond the ratios.

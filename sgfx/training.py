@@ -42,7 +42,8 @@ class Trainer:
         history = sgfx.Trainer(model, train_loader, val_loader, epochs=200, lr=0.1, schedule=(100, 150)).fit()
         history.epochs[-1].val_top1
 
-    Training runs in one process on one device, a GPU where there is one.
+    Training runs in one process on one device, a GPU where there is one. In a process that a launcher such as torchrun
+    started with others it refuses to.
 
     Args:
         model: maps inputs to logits ``[N, classes]``. Parameters with ``requires_grad=False`` are left alone. If the

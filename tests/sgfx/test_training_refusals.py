@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from passes.errors import InputError
+from sgfx.acceleration import PROCESSES
 from sgfx.history import EpochRecord
 from tests.sgfx.test_training import batches, network, same_weights, toy, trainer
 
@@ -135,6 +136,35 @@ def test_several_processes(monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
     with pytest.raises(InputError, match="runs in one process, not 2"):
         trainer().fit()
+
+
+@pytest.mark.parametrize("cpu", ["0", "1"])
+@pytest.mark.parametrize("variable", PROCESSES)
+def test_several_processes_by_a_launcher(variable, cpu, monkeypatch):
+    """As in one of torchrun's: accelerate would say that it is the only one, or wait for the other."""
+    model = network()
+    before = copy.deepcopy(model)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", variable: "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", lambda *_, **__: pytest.fail("accelerate was asked"))
+    with pytest.raises(InputError, match=rf"one process, not 2 \(says {variable}\): each would train a model of its"):
+        trainer(model).fit()
+    assert same_weights(model, before)
+
+
+def test_several_processes_of_ones_own(monkeypatch):
+    made = trainer()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(InputError, match=r"one process, not 3 \(says torch.distributed\)"):
+        made.fit()
+
+
+def test_a_launcher_of_one_process(monkeypatch):
+    for variable in PROCESSES:
+        monkeypatch.setenv(variable, "1")
+    assert len(trainer().fit().epochs) == 1
 
 
 def test_records_are_frozen():

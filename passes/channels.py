@@ -20,7 +20,6 @@ from typing import TypeAlias
 import networkx as nx
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from passes.cut import channel_counts, is_cuttable, is_depthwise, present_plan
 from passes.facts import Region, Regions
@@ -34,6 +33,7 @@ from passes.shapes import find_shapes
 from passes.trace import calls
 from passes.unit import Pass, Unit
 from passes.usage import Usage
+from passes.values import tensors_in
 from passes.walk import walk
 
 ReadingRule: TypeAlias = Callable[[Tensor], Tensor]
@@ -211,7 +211,7 @@ def _unknown(region: Region, regions: Regions, example_inputs: tuple[object, ...
         if region.path and seen is not None:
             observed = seen.called.get(region.path, {})
             inputs = observed[mode][0] if mode in observed else None
-            if inputs is not None and any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
+            if inputs is not None and any(not x.numel() for x in tensors_in(inputs)):
                 return f"called with an empty tensor in {mode} mode: give example_inputs of which something reaches it"
         if not find_shapes(graph, inputs):
             return f"the shapes in its {mode} graph are not known: give example_inputs that fit it"

@@ -13,10 +13,10 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
 from passes.layers.surgery import carry_hooks, hook_dicts
+from passes.values import mapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,7 +57,7 @@ def unhooked_copy(model: M) -> M:
 
 def copy_inputs(inputs: Any) -> Any:
     """Return inputs that a model may work on in place: every tensor in them is a new one, without history."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
+    return mapped(inputs, lambda x: x.detach().clone())
 
 
 def _deepcopy(model: M, memo: dict[int, Any]) -> M:

@@ -12,7 +12,6 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from passes.channels import Channels
 from passes.cut import Cut, apply_cuts
@@ -22,6 +21,7 @@ from passes.layers.surgery import replace_module
 from passes.regions import find_regions
 from passes.shapes import propagate_shapes, without_storage
 from passes.unit import Pass, Unit
+from passes.values import Plain, leaves, mapped
 
 
 def cuts_of(channels: Channels) -> dict[str, Cut]:
@@ -70,7 +70,7 @@ def _check_shapes(before: Regions, after: Regions) -> None:
             nodes = list(graph.graph.nodes)
             if "val" in nodes[-1].meta:
                 inputs = (node.meta["val"] for node in nodes if node.op == "placeholder")
-                propagate_shapes(new.graphs[mode], pytree.tree_map(without_storage, tuple(inputs)))
+                propagate_shapes(new.graphs[mode], mapped(tuple(inputs), without_storage))
                 if _shapes(graph) != _shapes(new.graphs[mode]):
                     raise PassError(f"region {old.path!r} gives other shapes in {mode} mode than before")
 
@@ -94,5 +94,10 @@ def _constant(graph: fx.GraphModule, node: fx.Node) -> object:
 
 
 def _shapes(graph: fx.GraphModule) -> list[object]:
-    output = list(graph.graph.nodes)[-1].meta["val"]
-    return [x.shape if isinstance(x, Tensor) else x for x in pytree.tree_leaves(output)]
+    return [(place, _kind(x)) for place, x in leaves(list(graph.graph.nodes)[-1].meta["val"])]
+
+
+def _kind(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.shape
+    return leaf if isinstance(leaf, Plain | float) else type(leaf)

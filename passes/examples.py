@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.random_state import preserved_random_state
+from passes.values import mapped, tensors_in
 
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
 Arguments = tuple[Any, ...]
@@ -48,7 +48,7 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
             given = _arguments(batch, required, name, number)
             if not isinstance(data, Tensor | list | tuple):
                 given = copy_inputs(given)  # a generator may fill the same tensor again
-            batches += _cut(pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, given))
+            batches += _cut(mapped(given, lambda x: x.to(device)))
     batches = [given for given in batches if example_count(given)]
     if not batches:
         raise InputError(
@@ -64,8 +64,7 @@ def example_count(given: Arguments) -> int:
 
 def shapes_of(value: object) -> str:
     """The shapes of all tensors in a value, for messages."""
-    tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return ", ".join(str(list(x.shape)) for x in tensors) or "without tensors"
+    return ", ".join(str(list(x.shape)) for x in tensors_in(value)) or "without tensors"
 
 
 def _required_inputs(model: nn.Module) -> int:
@@ -87,7 +86,7 @@ def _arguments(batch: Any, required: int, name: str, number: int) -> Arguments:
     inputs: Any = batch[:required] if several else (batch,)
     if required > 1 and several and isinstance(batch[0], tuple | list):
         inputs = batch[0]
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(inputs)
     if not tensors or any(tensor.dim() == 0 for tensor in tensors):
         raise TypeError(
             f"{name} must give batches that are tensors, or tuples or lists with the input first; batch {number} is a "

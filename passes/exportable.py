@@ -8,6 +8,7 @@ nothing stored but the blocks and the indices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from passes.layers.grouped import GROUPED, Form, Grouped
 from passes.layers.surgery import replace_module
+from passes.values import plain
 
 
 def make_exportable(model: nn.Module, form: Form) -> None:
@@ -23,6 +25,17 @@ def make_exportable(model: nn.Module, form: Form) -> None:
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Grouped):
             replace_module(model, path, make(layer))
+
+
+def give_plain_outputs(model: nn.Module) -> None:
+    """Let `model` give its outputs in dicts, tuples and lists, in place: a file can't hold the classes of others."""
+    forward = model.forward
+
+    @wraps(forward)
+    def plain_forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(forward(*args, **kwargs))
+
+    model.forward = plain_forward
 
 
 def dense_layer(layer: Grouped) -> nn.Module:

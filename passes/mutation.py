@@ -7,8 +7,9 @@ import operator
 from functools import cache
 from typing import Any
 
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
+
+from passes.values import tensors_in
 
 AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -52,5 +53,4 @@ def is_unchanged(graph: fx.GraphModule, tensor: fx.Node, first: fx.Node, last: f
 
 
 def _storages(node: fx.Node) -> set[int]:
-    values = pytree.tree_leaves(node.meta.get("val"))
-    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
+    return {value.untyped_storage()._cdata for value in tensors_in(node.meta.get("val"))}

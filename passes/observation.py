@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs
 from passes.errors import InputError
@@ -21,6 +20,7 @@ from passes.parameters import ParameterWatch
 from passes.random_state import preserved_random_state
 from passes.shapes import without_storage
 from passes.trace import Tracing
+from passes.values import mapped
 
 
 def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation:
@@ -79,7 +79,7 @@ class _Watch(ParameterWatch):
             self.strays.update((path, holder) for holder in holders if holder not in self._running)
             self._running.append(path)
             with torch._C.DisableTorchFunction():
-                self.called.setdefault(path, {}).setdefault(mode, pytree.tree_map(without_storage, (args, kwargs)))
+                self.called.setdefault(path, {}).setdefault(mode, mapped((args, kwargs), without_storage))
 
         return hook
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs, shadow
@@ -25,6 +24,7 @@ from passes.examples import Arguments, shapes_of
 from passes.facts import Region
 from passes.regions import find_regions
 from passes.tandem import Pair
+from passes.values import leaves, tensors_in
 
 LIMIT = 1 << 29  # bytes of arguments that are kept
 Calls = list[tuple[Arguments, bool]]  # of one run: the arguments of each call, and whether data were chosen before
@@ -156,10 +156,10 @@ def _tapped(model: nn.Module, paths: list[str], note: Callable[[str, Arguments],
 
 def _alike(theirs: Calls, mine: Calls) -> bool:
     """Whether the calls of two runs are known to be about the same, row by row."""
-    (left, one), (right, other) = (pytree.tree_flatten([given for given, _ in calls]) for calls in (theirs, mine))
-    shapes = [[x.shape if isinstance(x, Tensor) else x for x in side] for side in (left, right)]
-    return one == other and shapes[0] == shapes[1] and not any(chosen for _, chosen in theirs + mine)
+    sides = (leaves([given for given, _ in calls]) for calls in (theirs, mine))
+    left, right = ([(place, x.shape if isinstance(x, Tensor) else x) for place, x in side] for side in sides)
+    return left == right and not any(chosen for _, chosen in theirs + mine)
 
 
 def _nbytes(value: object) -> int:
-    return sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
+    return sum(x.untyped_storage().nbytes() for x in tensors_in(value))

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
-from torch.utils import _pytree as pytree
 
 from passes.cut import channel_counts
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
 from passes.norms import is_norm
 from passes.random_state import preserved_random_state
+from passes.values import leaves, mapped
 
 # Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.
 USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -76,16 +76,13 @@ def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> boo
     return False
 
 
-def without_storage(value: object) -> object:
-    """A tensor of the same shape, dtype and device that takes no memory; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
+def without_storage(value: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device that takes no memory."""
     return torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def _twice(inputs: tuple[object, ...]) -> tuple[object, ...]:
-    doubled = pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
-    return tuple(doubled)
+    return mapped(inputs, lambda x: torch.cat([x, x]) if x.dim() else x)
 
 
 def _guesses(graph: fx.GraphModule) -> Iterator[tuple[Tensor, ...]]:
@@ -131,11 +128,11 @@ class _ShapePropagation(Interpreter):
         """Propagate the shapes of `inputs` through the graph."""
         self.extra_traceback = False  # or fx appends its own words to our messages
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = pytree.tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
+        fakes = mapped(inputs, mode.from_tensor)
         expected = [node for node in self.graph.nodes if node.op == "placeholder"]
         if len(fakes) > len(expected):
             raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
-        self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(inputs)]
+        self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for _, x in leaves(inputs)]
         with mode, torch.no_grad():
             self.run(*fakes)
 

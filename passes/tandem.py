@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs
@@ -24,6 +23,7 @@ from passes.examples import Arguments, shapes_of
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
+from passes.values import tensors_in
 
 Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph
 
@@ -131,10 +131,8 @@ class Held:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        leaves = (value for side in self._values for value in pytree.tree_leaves(list(side.values())))
-        storages = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves if isinstance(x, Tensor)
-        }
+        held = [x for side in self._values for x in tensors_in(list(side.values()))]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
         return sum(storages.values())
 
     def advance(self, position: int) -> None:

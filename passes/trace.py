@@ -16,6 +16,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -184,6 +185,15 @@ class _Tracer(fx.Tracer):
             return True
         ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """Note a dataclass as a call of its class with all fields, even one that is a dict (as transformers have)."""
+        if is_dataclass(a) and not isinstance(a, type):
+            if not isinstance(a, dict) and (hasattr(a, "__post_init__") or not all(field.init for field in fields(a))):
+                raise TypeError(f"{type(a).__name__} is a dataclass that computes fields itself")
+            values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+            return self.create_node("call_function", type(a), (), values)
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Stand for what a node yields."""

@@ -20,12 +20,13 @@ from torch.utils import _pytree as pytree
 
 from passes.copying import shadow
 from passes.errors import InputError
-from passes.exportable import make_exportable
+from passes.exportable import give_plain_outputs, make_exportable
 from passes.layers.grouped import Form
 from passes.layers.surgery import hook_dicts
 from passes.plan import plans
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
+from passes.values import mapped, tensors_in
 from sgfx.compiler import eliminated
 from sgfx.writing import replacing
 
@@ -76,7 +77,8 @@ def export(
     """Write a model as a self-contained program, in eval mode, on the CPU: ``.pt2`` (torch.export) or ``.onnx``.
 
     Args:
-        small: a compiled model, or any other but a frozen one. It is neither run nor changed. Hooks are not exported.
+        small: a compiled model, or any other but a frozen one. It is neither run nor changed. Hooks are not exported;
+            dataclasses among the outputs become dicts, and named tuples tuples.
         path: the file; its suffix chooses the format. ``torch.export.load(path).module()`` runs the one, any ONNX
             runtime the other (``pip install 'sgfx[onnx]'`` to write it).
         example_inputs: a tensor or a tuple of positional arguments.
@@ -102,12 +104,13 @@ def export(
         raise TypeError("example_inputs must be a tensor or a tuple of positional arguments, not None")
     with preserved_random_state(), torch.no_grad():
         model = copy.deepcopy(shadow(small)).cpu().requires_grad_(False).eval()
-        inputs = _mapped(given, lambda x: x.detach().cpu().clone())
+        inputs = mapped(given, lambda x: x.detach().cpu().clone())
         batches = _batches(inputs) if dynamic_batch else [inputs]
         expected = [_outputs(model, batch) for batch in batches]
         if plans(model):  # what nobody reads is not worth a place in a file
             eliminated(model, {"example_inputs": inputs, "leaf_modules": ()})
         make_exportable(model, form or DEFAULT_FORM)
+        give_plain_outputs(model)
         program = _program(model, batches[0], dynamic_batch)
         with replacing(path) as temporary:
             run = _FORMATS[suffix](program, temporary)
@@ -126,21 +129,16 @@ def _hooked(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    mapped: Inputs = pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, inputs)
-    return mapped
-
-
 def _batches(inputs: Inputs) -> list[Inputs]:
     """Inputs of three batch sizes: first those to export from, of at least 2 rows (1 would be taken for a constant)."""
-    rows = next((len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+    rows = next((len(x) for x in tensors_in(inputs) if x.dim()), 0)
     if not rows:
         raise InputError("dynamic_batch needs an example input whose first dimension is the batch")
 
     def times(inputs: Inputs, count: int) -> Inputs:
-        return _mapped(inputs, lambda x: torch.cat([x] * count) if _is_batch(x, rows) else x)
+        return mapped(inputs, lambda x: torch.cat([x] * count) if _is_batch(x, rows) else x)
 
-    one = _mapped(inputs, lambda x: x[:1] if _is_batch(x, rows) else x)
+    one = mapped(inputs, lambda x: x[:1] if _is_batch(x, rows) else x)
     return [inputs if rows > 1 else times(inputs, 2), one, times(inputs, 3)]
 
 
@@ -151,18 +149,18 @@ def _is_batch(x: object, rows: int) -> bool:
 def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """The tensors among the outputs, in order."""
     try:
-        outputs = model(*_mapped(inputs, Tensor.clone))
+        outputs = model(*mapped(inputs, Tensor.clone))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
         raise InputError(f"example_inputs of shape {shapes} do not fit the model in eval mode: {error}") from error
-    return [output for output in pytree.tree_leaves(outputs) if isinstance(output, Tensor)]
+    return tensors_in(outputs)
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedProgram:
     shapes = None
     if dynamic_batch:
         batch = Dim("batch")
-        rows = next(len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
+        rows = next(len(x) for x in tensors_in(inputs) if x.dim())
         shapes = pytree.tree_map(lambda x: {0: batch} if _is_batch(x, rows) else None, inputs)
     try:
         program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
@@ -211,7 +209,7 @@ def _write_onnx(program: ExportedProgram, file: Path) -> Run:
     names = [each.name for each in session.get_inputs()]
 
     def run(inputs: Inputs) -> list[Tensor]:
-        tensors = [x.numpy() for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        tensors = [x.numpy() for x in tensors_in(inputs)]
         return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, tensors, strict=True)))]
 
     return run
@@ -225,6 +223,8 @@ def _compare(actual: list[Tensor], expected: list[Tensor], path: str | os.PathLi
     kinds = [[(tuple(y.shape), y.dtype) for y in outputs] for outputs in (actual, expected)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{path} was not written: its outputs are {kinds[0]}, the model's {kinds[1]}")
+    if not expected:
+        raise InputError(f"{path} was not written: the model's outputs hold no tensors")
     difference = largest = 0.0
     for mine, theirs in zip(actual, expected, strict=True):
         wide = torch.complex128 if theirs.is_complex() else torch.float64

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs, copy_model
 from passes.errors import InputError
@@ -37,6 +36,7 @@ from passes.regions import find_regions
 from passes.settings import as_inputs, check_model
 from passes.shapes import find_shapes
 from passes.unit import Unit
+from passes.values import mapped
 
 
 def freeze(
@@ -251,12 +251,7 @@ def _inputs_of(region: Region, regions: Regions, inputs: tuple[object, ...]) -> 
 def _filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
     """Real tensors to measure with; values have no influence on time, but denormal numbers would."""
 
-    def fill(x: object) -> object:
-        return (
-            torch.rand(x.shape, device=x.device).to(x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        )
-
-    return tuple(pytree.tree_map(fill, arguments))
+    return mapped(arguments, lambda x: torch.rand(x.shape, device=x.device).to(x.dtype) if x.is_floating_point() else x)
 
 
 def _fastest(

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import shapes_of
 from passes.layers.grouped import Grouped
+from passes.values import mapped, tensors_in
 
 T = TypeVar("T")
 BLOCKS = 3.0  # weight of the mean distance of all that blocks give, beside that of the outputs
@@ -124,10 +124,10 @@ def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]
 def in_single_precision(value: T) -> T:
     """A model, in place, or tensors, with float32 wherever they are in half precision: small steps are lost there."""
 
-    def raised(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+    def raised(x: Tensor) -> Tensor:
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-    return value._apply(raised) if isinstance(value, nn.Module) else pytree.tree_map(raised, value)  # type: ignore[no-untyped-call,no-any-return]
+    return value._apply(raised) if isinstance(value, nn.Module) else mapped(value, raised)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tensors_in(outputs) if x.is_floating_point()]
 
 
 def _comparable(outputs: Any) -> list[Tensor]:

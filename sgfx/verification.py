@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils import _pytree as pytree
 
-from passes.copying import shadow
+from passes.copying import copy_inputs, shadow
 from passes.cut import channel_dim, cut_of, cuts
 from passes.errors import InputError
 from passes.layers.masked import Masked
@@ -28,6 +27,7 @@ from passes.plan import LayerPlan
 from passes.random_state import preserved_random_state
 from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.settings import as_inputs
+from passes.values import Plain, comparable, mapped
 from sgfx.reporting import plans_of_pair
 
 
@@ -55,7 +55,8 @@ class Verification:
     """What `sgfx.verify` returns: print it, or take plain data from `to_dict`.
 
     An error is the largest absolute difference over the largest absolute value of the reference: about 1e-7 is rounding
-    in fp32, 1e-15 in fp64. It is infinite where the two have different shapes, or not the same NaNs.
+    in fp32, 1e-15 in fp64. It is infinite where the two have different shapes, or not the same NaNs, or differ in what
+    is no number. Outputs are taken apart down to their tensors, in tuples, lists, dicts and dataclasses.
 
     Attributes:
         eval_error, train_error: of the model's outputs, in that mode.
@@ -111,7 +112,8 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
             the model has batch norms, and the targets where a detector needs them to train.
 
     Raises:
-        InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
+        InputError: `small` was not compiled, is no compiled form of `dense`, the inputs do not fit, or the outputs hold
+            something that can't be compared, or no number at all.
     """
     found = plans_of_pair(dense, small)
     masked = next((path for path, module in small.named_modules() if isinstance(module, Masked)), None)
@@ -153,9 +155,9 @@ def _share(distances: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one run of a model yields: outputs, each layer's outputs call by call, and gradients by parameter."""
+    """What one run of a model yields: outputs by place, each layer's call by call, and gradients by parameter."""
 
-    outputs: list[Tensor]
+    outputs: dict[str, Tensor | Plain]
     layers: dict[str, list[Tensor]]
     gradients: dict[str, Tensor]
 
@@ -173,7 +175,7 @@ def _compare(
     fewer = bool(cuts(twin))
     expected, actual = (_run(model, list(found), inputs, training, fewer) for model in (reference, twin))
     layers = {path: _layer_error(twin, path, actual.layers[path], expected.layers[path]) for path in found}
-    return _error(actual.outputs, expected.outputs), layers, _gradient_error(actual, expected, rows)
+    return _output_error(actual.outputs, expected.outputs), layers, _gradient_error(actual, expected, rows)
 
 
 def _layer_error(twin: nn.Module, path: str, actual: list[Tensor], expected: list[Tensor]) -> float | None:
@@ -199,7 +201,7 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
     _seed()
     try:
         with torch.set_grad_enabled(training):
-            outputs = model(*pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), inputs))
+            given = model(*copy_inputs(inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         mode = "train" if training else "eval"
@@ -207,8 +209,13 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
     finally:
         for handle in handles:
             handle.remove()
-    tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-    return _Trial([x.detach() for x in tensors], layers, _gradients(model, tensors))
+    outputs = comparable(given, "output")
+    tensors = [x for x in outputs.values() if isinstance(x, Tensor)]
+    if not tensors:
+        mode = "train" if training else "eval"
+        raise InputError(f"there is nothing to compare: the outputs in {mode} mode hold no tensors and no numbers")
+    gradients = _gradients(model, tensors)
+    return _Trial(mapped(outputs, Tensor.detach), layers, gradients)
 
 
 def _seed() -> None:
@@ -235,6 +242,18 @@ def _gradient_error(actual: _Trial, expected: _Trial, rows: dict[str, Tensor]) -
     theirs = [as_rows(gradient)[rows[name]].flatten() for name, gradient in expected.gradients.items()]
     mine = [actual.gradients[name].flatten() for name in expected.gradients]
     return _error([torch.cat([x.double() for x in mine])], [torch.cat([x.double() for x in theirs])])
+
+
+def _output_error(actual: dict[str, Tensor | Plain], expected: dict[str, Tensor | Plain]) -> float:
+    """The error of all tensors; infinite where two outputs have other places, or differ in what is no tensor."""
+    if actual.keys() != expected.keys():
+        return float("inf")
+    pairs = [(actual[place], wanted) for place, wanted in expected.items()]
+    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    if any(x != y for x, y in pairs if not isinstance(x, Tensor) and not isinstance(y, Tensor)):
+        return float("inf")
+    alone = any(isinstance(x, Tensor) != isinstance(y, Tensor) for x, y in pairs)
+    return float("inf") if alone else _error([x for x, _ in tensors], [y for _, y in tensors])
 
 
 def _error(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -41,7 +41,7 @@ def _recipe(graph: fx.GraphModule, node: fx.Node) -> Recipe | None:
 
 def reader_of(graph: fx.GraphModule, user: fx.Node, node: fx.Node) -> Recipe | None:
     """The layer that a user of a node is, which reads it as its input and in no other place, or None."""
-    return _recipe(graph, user) if user.args[0] is node and node not in user.args[1:] else None
+    return _recipe(graph, user) if user.args[:1] == (node,) and node not in user.args[1:] else None
 
 
 def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> int:

@@ -21,6 +21,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from passes.as_torch_made_it import change_of
 from passes.cut import channel_counts, is_cuttable, is_depthwise, present_plan
 from passes.facts import Region, Regions
 from passes.labels import compact
@@ -236,8 +237,8 @@ def uncuttable(model: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(path: str, module: nn.Module, usage: Usage, holders: dict[int, int]) -> str | None:
-    if "forward" in module.__dict__ or hasattr(module, "parametrizations") or module._modules:
-        return "its forward or its weight is not the usual one"
+    if (change := change_of(module)) is not None or module._modules:
+        return change or "it holds other modules"
     if any(holder in usage.called for holder in holders_of(path)):
         return "inside a module that is called as a whole"
     tensors = [*module._parameters.items(), *module._buffers.items()]

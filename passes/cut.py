@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from passes.as_torch_made_it import is_as_torch_made_it
 from passes.errors import InputError
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.surgery import replace_module, shallow_copy
@@ -58,8 +59,9 @@ def apply_cuts(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
 def is_cuttable(module: nn.Module) -> bool:
     """Whether a module is a layer or norm whose channels can be cut, going by its class."""
     if isinstance(module, _ConvNd) and module.groups > 1:
-        return is_depthwise(module)
-    return type(module) in (*GROUPED, *GROUPED.values()) or is_norm(module)
+        return is_depthwise(module) and is_as_torch_made_it(module)
+    layer = type(module) in (*GROUPED, *GROUPED.values()) and is_as_torch_made_it(module)
+    return layer or is_norm(module)
 
 
 def channel_counts(module: nn.Module) -> tuple[int, int]:

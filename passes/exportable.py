@@ -14,16 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.as_torch_made_it import change_of
+from passes.errors import InputError
 from passes.layers.grouped import GROUPED, Form, Grouped
 from passes.layers.surgery import replace_module
 from passes.values import plain
 
 
 def make_exportable(model: nn.Module, form: Form) -> None:
-    """Put plain layers of `form` in place of all grouped ones, in place."""
+    """Put plain layers of `form` in place of all grouped ones, in place.
+
+    Raises:
+        InputError: something was changed about one of them, which a plain layer would not have.
+    """
     make: Callable[[Grouped], nn.Module] = dense_layer if form == "dense" else Blocks
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Grouped):
+            if (change := change_of(layer)) is not None:
+                raise InputError(f"layer {path!r} can't be written to a file: {change}; put it back first")
             replace_module(model, path, make(layer))
 
 

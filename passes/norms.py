@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.as_torch_made_it import is_as_torch_made_it
+
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -22,12 +24,14 @@ def is_frozen_norm(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm that treats every channel by itself, so that channels can be cut."""
-    return type(module) in _KINDS or is_frozen_norm(module)
+    return (type(module) in _KINDS or is_frozen_norm(module)) and is_as_torch_made_it(module)
 
 
 def is_affine(module: nn.Module | None) -> bool:
-    """Whether a module is a norm that computes with running statistics in eval mode."""
-    return module is not None and is_norm(module) and isinstance(module.running_mean, Tensor)
+    """Whether a module of an eval graph is a norm that computes with running statistics."""
+    if module is None or not is_norm(module) or not isinstance(module.running_mean, Tensor):
+        return False
+    return is_frozen_norm(module) or not module.training  # some refuse to leave train mode
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

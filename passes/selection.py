@@ -4,8 +4,8 @@ A layer stays as it is, with the first of these reasons that holds:
  1. it was compiled before, or is masked by a `Pruner`;
  2. it is matched by `ignore`;
  3. it lies inside a module that reads its parameters itself (`nn.MultiheadAttention`);
- 4. its type is not exactly a torch layer class, its forward was replaced, or its weight is not a plain parameter of its
-    own (parametrized, weight-normed, shared with another module or read by another operation);
+ 4. its type is not exactly a torch layer class, it was changed (`as_torch_made_it`), or its weight is not a plain
+    parameter of its own (parametrized, weight-normed, shared with another module or read by another operation);
  5. it is transposed, depthwise or already grouped;
  6. nothing calls it in any mode; or it lies outside every traced region, and no run has shown that its own call alone
     uses its parameters;
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from passes.as_torch_made_it import change_of
 from passes.errors import InputError
 from passes.facts import Regions, Settings, Target
 from passes.layers.grouped import GROUPED, Grouped
@@ -49,13 +50,13 @@ def _obstacle_of_type(layer: nn.Module) -> str | None:
     if isinstance(layer, Masked):
         return "already masked by a Pruner: call its lower() instead"
     if hasattr(layer, "parametrizations"):
-        return "its weight is parametrized (torch.nn.utils.parametrize)"
+        return change_of(layer)
     if isinstance(layer, _ConvTransposeNd):
         return "transposed convolution"
     if type(layer) not in GROUPED:
         return f"a subclass of torch's layers ({type(layer).__name__}), which may compute something else"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance"
+    if (change := change_of(layer)) is not None:
+        return change
     if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
         return "its weight is computed (weight_norm, spectral_norm, prune), or it holds more than weight and bias"
     weight = layer.weight

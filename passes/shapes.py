@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
 
+from passes.as_torch_made_it import is_as_torch_made_it
 from passes.cut import channel_counts
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
@@ -143,7 +144,7 @@ class _ShapePropagation(Interpreter):
             if args[0].dim() < 2 or args[0].shape[1] != channel_counts(module)[0]:
                 raise ValueError(f"it has {channel_counts(module)[0]} channels")
             return torch.empty_like(args[0])
-        if isinstance(module, Grouped):
+        if isinstance(module, Grouped) and is_as_torch_made_it(module):
             return module.with_weight(args[0], args[0].new_empty(module._dense_shape))
         return super().call_module(target, args, kwargs)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 from passes.mutation import works_in_place
 from passes.norms import is_affine
-from passes.operations import activation_of, is_sum, module_of
+from passes.operations import activation_of, is_sum, module_of, passes_on
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _only_reader(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node
     """The one node that reads `node`, or None, and what it reads: `node`, or a module that passes it on unchanged."""
     while len(node.users) == 1 and "exposed" not in node.meta:
         reader = next(iter(node.users))
-        if not isinstance(module_of(graph, reader), nn.Identity | nn.Dropout):
+        if not passes_on(module_of(graph, reader)):
             return node, reader
         node = reader
     return node, None

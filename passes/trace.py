@@ -22,6 +22,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from passes.as_torch_made_it import change_of
 from passes.copying import shadow
 from passes.errors import InputError
 from passes.facts import Region
@@ -117,6 +118,10 @@ class Tracing:
 
     def _trace(self, path: str, mode: str, given: int) -> fx.GraphModule:
         root = self.shadows[mode].get_submodule(path)
+        if path and (change := change_of(root)) is not None:  # torch.fx would trace the forward of the class
+            failure = UntraceableError(f"torch.fx can't trace submodule {path!r} ({type(root).__name__}): {change}")
+            failure.why = str(failure)
+            raise failure
         tracer = _Tracer(path, self._leaves, self.hooked)
         try:
             with preserved_random_state(), warnings.catch_warnings():

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes import channel_rules as rules
+from passes.as_torch_made_it import change_of, is_as_torch_made_it
 from passes.channel_ops import (
     ALONG_ONE_DIM,
     COUNTING,
@@ -123,6 +124,8 @@ class _Walk:
 
     def _module(self, node: fx.Node, module: nn.Module) -> Any:
         path, operands, value = self.region.module_path(node), self._operands(node), node.meta["val"]
+        if not is_as_torch_made_it(module):
+            return self._give_up(node, self.uncuttable.get(path) or change_of(module) or "")
         if type(module) in ELEMENTWISE_MODULES:
             return rules.elementwise(self.channels, operands, value.shape)
         if type(module) in LOCAL_MODULES:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.as_torch_made_it import is_as_torch_made_it
 from passes.errors import InputError
 from passes.exportable import dense_layer
 from passes.freezing.decisions import LayerDecision
@@ -60,11 +61,17 @@ def choose(
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
-        elif isinstance(module, POOLS) and not getattr(module, "return_indices", False) and strategy != "library":
+        elif module is not None and _is_pool(module) and strategy != "library":
             name = _name(str(node.target), decided)
             chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
             graph.set_submodule(str(node.target), chosen)
     return decided
+
+
+def _is_pool(module: nn.Module) -> bool:
+    """Whether a module is a pooling that gives one tensor."""
+    known = type(module) in POOLS and is_as_torch_made_it(module)
+    return known and not getattr(module, "return_indices", False)
 
 
 def layer_sizes(graph: fx.GraphModule) -> dict[str, tuple[int, tuple[int, ...]]]:

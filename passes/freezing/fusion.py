@@ -17,15 +17,15 @@ import operator
 
 from torch import Tensor, fx, nn
 
+from passes.as_torch_made_it import is_as_torch_made_it
 from passes.cut import works_on_filters
 from passes.facts import Region
 from passes.freezing.fused import FusedNorm, Recipe
 from passes.layers.grouped import GROUPED, Grouped
 from passes.mutation import is_unchanged
 from passes.norms import is_affine
-from passes.operations import activation_of, is_sum, module_of
+from passes.operations import activation_of, is_sum, module_of, passes_on
 
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
 
 
@@ -75,7 +75,7 @@ class _Place:
 
 def _drop_nothing(place: _Place) -> None:
     node = place.node
-    if isinstance(place.module(node), NOTHING) or (node.op == "call_function" and _is_off(node)):
+    if passes_on(place.module(node)) or (node.op == "call_function" and _is_off(node)):
         place.node.replace_all_uses_with(node.all_input_nodes[0])
         place.graph.graph.erase_node(node)
 
@@ -91,7 +91,7 @@ def _is_off(node: fx.Node) -> bool:
 def _make_recipes(place: _Place) -> None:
     """Every call of a layer becomes a recipe of its own."""
     module = place.module(place.node)
-    known = isinstance(module, Grouped) or type(module) in GROUPED
+    known = module is not None and type(module) in (*GROUPED, *GROUPED.values()) and is_as_torch_made_it(module)
     if module is not None and known and len(place.node.args) == 1 and not place.node.kwargs:
         place.put(Recipe(module, place.region.module_path(place.node)), place.node.args)
 

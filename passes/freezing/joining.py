@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.as_torch_made_it import is_as_torch_made_it
 from passes.freezing.fused import FusedNorm, Recipe
 from passes.mutation import is_unchanged
 
@@ -55,7 +56,9 @@ def _may_grow(graph: fx.GraphModule, node: fx.Node) -> bool:
         return False
     modules = [graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
     others = [user for user in node.users if user.op != "call_module"]
-    return all(isinstance(each, READERS) for each in modules) and all(map(_joins_channels, others))
+    return all(type(each) in READERS and is_as_torch_made_it(each) for each in modules) and all(
+        map(_joins_channels, others)
+    )
 
 
 def _joins_channels(node: fx.Node) -> bool:

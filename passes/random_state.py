@@ -22,3 +22,10 @@ def preserved_random_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators, so that runs of two models draw the same numbers; within `preserved_random_state`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from passes.comparing import distance, kinds, rounding
 from passes.copying import shadow
 from passes.errors import InputError
 from passes.exportable import give_plain_outputs, make_exportable
@@ -220,20 +221,14 @@ _FORMATS: dict[str, Callable[[ExportedProgram, Path], Run]] = {".pt2": _write_pt
 
 def _compare(actual: list[Tensor], expected: list[Tensor], path: str | os.PathLike[str]) -> tuple[float, float]:
     """Largest absolute difference and largest absolute output; refuse what is no mere rounding."""
-    kinds = [[(tuple(y.shape), y.dtype) for y in outputs] for outputs in (actual, expected)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{path} was not written: its outputs are {kinds[0]}, the model's {kinds[1]}")
+    if kinds(actual) != kinds(expected):
+        raise InputError(f"{path} was not written: its outputs are {kinds(actual)}, the model's {kinds(expected)}")
     if not expected:
         raise InputError(f"{path} was not written: the model's outputs hold no tensors")
     difference = largest = 0.0
     for mine, theirs in zip(actual, expected, strict=True):
-        wide = torch.complex128 if theirs.is_complex() else torch.float64
-        same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-        off = torch.where(same, 0, mine.to(wide) - theirs.to(wide)).abs()
-        scale = theirs.to(wide).abs().nan_to_num(0, 0, 0)
-        worst, most = (float(each.max()) if each.numel() else 0.0 for each in (off, scale))
-        limit = min(1e4 * torch.finfo(theirs.dtype).eps, 0.1) if theirs.dtype.is_floating_point else 0.0
-        if not worst <= limit * most:
+        worst, most = distance(mine, theirs)
+        if worst > rounding(theirs.dtype) * most:
             raise InputError(
                 f"{path} was not written: an output differs from the model's by {worst:.1e}, where the largest is "
                 f"{most:.1e}. Does the model compute at random in eval mode?"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,28 +14,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
 
-from passes.copying import copy_inputs, copy_model
+from passes.copying import copy_inputs
 from passes.errors import InputError
-from passes.facts import Region, Regions, Settings
-from passes.freezing.chaining import chain
-from passes.freezing.choosing import checked_strategy, choose, chosen_layers, layer_sizes
-from passes.freezing.constants import fold_constants
+from passes.freezing.assemble import Part, assembled, fused_parts, without_unread_filters
+from passes.freezing.checking import check
+from passes.freezing.choosing import checked_strategy, chosen_layers, layer_sizes
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
-from passes.freezing.fused import Recipe
-from passes.freezing.fusion import fuse
-from passes.freezing.joining import join
-from passes.freezing.placing import place
-from passes.freezing.thresholds import use_thresholds
-from passes.layers.grouped import Grouped
-from passes.layers.surgery import hook_dicts, replace_module
-from passes.manager import run_passes
-from passes.pipeline import ELIMINATION
 from passes.random_state import preserved_random_state
-from passes.regions import find_regions
 from passes.settings import as_inputs, check_model
-from passes.shapes import find_shapes
-from passes.unit import Unit
-from passes.values import mapped
 
 
 def freeze(
@@ -65,7 +50,8 @@ def freeze(
         traceable part is one. It has no hooks and no trainable parameters.
 
     Raises:
-        InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit.
+        InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit, or the frozen form
+            computes something else than the eval form for the example inputs: it is compared before it is returned.
     """
     check_model(model)
     if frozen_before := next(iter(chosen_layers(model)), None):
@@ -80,18 +66,20 @@ def freeze(
     note = "" if strategy == "library" else _note_without_kernel(strategy)
     given = None if strategy is not None else _given(model, decisions)
     with preserved_random_state():
-        small = _eliminated(model, inputs)
-        parts = _fused(small, inputs)
+        small = without_unread_filters(model, inputs)
+        parts = fused_parts(small, inputs)
         if decisions is None and given is not None and not _fits(given, parts):
             given = None
         measured = strategy is None and given is None
         twins = [[part.twin() for part in parts] for _ in range(2)] if measured else []
-        frozen, made = _assembled(small, parts, strategy, given)
+        frozen, layers = assembled(small, parts, strategy, given.layers if given is not None else {})
+        made = Decisions(machine(), layers)
         if decisions is not None and given is not None:
             _check_names(given, made)
         if measured:
             frozen, made = _fastest(small, frozen, made, twins, inputs)
-    made = replace(made, note=made.note or note)
+        doubt = check(frozen, model, made.layers, inputs)
+    made = replace(made, note="; ".join(filter(None, (made.note or note, doubt))))
     if measured:
         attach_decisions(model, made)
     frozen.decisions = made  # type: ignore[assignment]
@@ -143,7 +131,7 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _fits(given: Decisions, parts: Sequence[_Part]) -> bool:
+def _fits(given: Decisions, parts: Sequence[Part]) -> bool:
     """Whether decisions that came with the model were made for these layers, as they are now, at these sizes."""
     sizes = {path: size for part in parts for path, size in layer_sizes(part.graph).items()}
     known = {path: (layer.macs, layer.shape) for path, layer in given.layers.items()}
@@ -157,105 +145,8 @@ def _check_names(given: Decisions, made: Decisions) -> None:
         raise InputError(f"the decisions are of another model: this one has no layer {unknown!r} to decide about")
 
 
-def _eliminated(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:
-    """A copy in eval mode, without hooks, from which the filters that nobody reads are gone."""
-    small = copy_model(model).eval()
-    for module in small.modules():
-        for key in hook_dicts(module):
-            module.__dict__[key].clear()
-    small.requires_grad_(False)
-    if any(isinstance(module, Grouped) for module in small.modules()):  # a dense layer reads all that there is
-        run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
-    return small
-
-
-@dataclass
-class _Part:
-    """A region as a fused graph, and what its root is called with."""
-
-    path: str
-    graph: fx.GraphModule
-    inputs: tuple[object, ...]
-
-    def twin(self) -> _Part:
-        """The same graph of the same layers, in which other forms of them can be put."""
-        return _Part(self.path, fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph)), self.inputs)
-
-
-def _fused(small: nn.Module, inputs: tuple[object, ...]) -> list[_Part]:
-    """Fuse every region of which the shapes are known; `small` stays as it is."""
-    regions = find_regions(small, inputs)
-    parts = []
-    for region in regions.parts:
-        arguments = _inputs_of(region, regions, inputs)
-        if arguments is None or not find_shapes(region.graphs["eval"], arguments):
-            continue
-        like = next(region.graphs["eval"].parameters(), torch.empty(0))
-        graph = fuse(region, like)
-        fold_constants(graph)
-        use_thresholds(graph)
-        join(graph)
-        parts.append(_Part(region.path, graph, _filled(arguments)))
-    parts += _alone(small, regions)
-    if not parts:
-        raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
-    return parts
-
-
-def _alone(small: nn.Module, regions: Regions) -> Iterator[_Part]:
-    """Regrouped layers outside every region, each as a graph of its own, where a run showed how it is called."""
-    seen = regions.observation.called if regions.observation is not None else {}
-    for path, layer in small.named_modules():
-        inputs, keywords = seen.get(path, {}).get("eval", ((), {}))
-        if isinstance(layer, Grouped) and inputs and not keywords and regions.outside(path) is not None:
-            graph = fx.Graph()
-            graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
-            yield _Part(path, fx.GraphModule({"layer": Recipe(layer, path)}, graph), _filled(inputs))
-
-
-def _assembled(
-    small: nn.Module, parts: Sequence[_Part], strategy: str | None, given: Decisions | None
-) -> tuple[nn.Module, Decisions]:
-    """Choose how the layers of every part are run, and put the parts in their places in a copy of `small`."""
-    layers = {}
-    for part in parts:
-        layers.update(choose(part.graph, part.inputs, strategy, given.layers if given else {}))
-        place(part.graph)
-        chain(part.graph)
-    made = Decisions(machine(), layers)
-    if parts[0].path == "":
-        return _finished(parts[0].graph), made
-    whole = copy_model(small)
-    for part in parts:
-        for key, value in whole.get_submodule(part.path).__dict__.items():
-            if key not in part.graph.__dict__ and not key.startswith("_"):
-                part.graph.__dict__[key] = value  # what others ask the part for, such as out_channels
-        replace_module(whole, part.path, _finished(part.graph))
-    return whole.eval(), made
-
-
-def _finished(graph: fx.GraphModule) -> fx.GraphModule:
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph.eval().requires_grad_(False)
-
-
-def _inputs_of(region: Region, regions: Regions, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
-    """What the root of a region is called with in eval mode."""
-    if not region.path:
-        return inputs
-    called = regions.observation.called.get(region.path, {}) if regions.observation is not None else {}
-    return called["eval"][0] if "eval" in called else None
-
-
-def _filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
-    """Real tensors to measure with; values have no influence on time, but denormal numbers would."""
-
-    return mapped(arguments, lambda x: torch.rand(x.shape, device=x.device).to(x.dtype) if x.is_floating_point() else x)
-
-
 def _fastest(
-    small: nn.Module, frozen: nn.Module, made: Decisions, twins: list[list[_Part]], inputs: tuple[object, ...]
+    small: nn.Module, frozen: nn.Module, made: Decisions, twins: list[list[Part]], inputs: tuple[object, ...]
 ) -> tuple[nn.Module, Decisions]:
     """The fastest form of the whole, by the median over interleaved calls: as chosen, dense, or the library alone.
 
@@ -265,11 +156,11 @@ def _fastest(
     forms = {"chosen": (frozen, made.layers, "")}
     ungrouped = {path: layer.without_groups() for path, layer in made.layers.items()}
     if ungrouped != made.layers:
-        dense, _ = _assembled(small, twins.pop(), None, replace(made, layers=ungrouped))
+        dense, _ = assembled(small, twins.pop(), None, ungrouped)
         forms["dense"] = dense, ungrouped, "regrouping is not faster here: each layer is run with its dense weight"
     library = {path: replace(d, way="library", tiling=()) for path, d in made.layers.items()}
     note = "the library alone is faster than what was chosen layer by layer: its form is returned"
-    forms["library alone"] = _assembled(small, twins.pop(), "library", None)[0], library, note
+    forms["library alone"] = assembled(small, twins.pop(), "library", {})[0], library, note
     times = _interleaved({name: form for name, (form, _, _) in forms.items()}, inputs)
     best = min(times, key=times.__getitem__)
     form, layers, note = forms[best]

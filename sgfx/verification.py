@@ -9,7 +9,6 @@ were eliminated would dropout draw for fewer of them: there, dropout modules are
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from passes.comparing import distance
 from passes.copying import copy_inputs, shadow
 from passes.cut import channel_dim, cut_of, cuts
 from passes.errors import InputError
 from passes.layers.masked import Masked
 from passes.plan import LayerPlan
-from passes.random_state import preserved_random_state
+from passes.random_state import preserved_random_state, seed_all
 from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.settings import as_inputs
 from passes.values import Plain, comparable, mapped
@@ -198,7 +198,7 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
     for module in model.modules() if fewer else ():
         if isinstance(module, _DropoutNd):
             module.eval()
-    _seed()
+    seed_all(0)
     try:
         with torch.set_grad_enabled(training):
             given = model(*copy_inputs(inputs))
@@ -216,12 +216,6 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
         raise InputError(f"there is nothing to compare: the outputs in {mode} mode hold no tensors and no numbers")
     gradients = _gradients(model, tensors)
     return _Trial(mapped(outputs, Tensor.detach), layers, gradients)
-
-
-def _seed() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
@@ -264,13 +258,8 @@ def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    if same.all():
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    worst = float(torch.where(same, 0, actual.to(wide) - expected.to(wide)).abs().nan_to_num(float("inf")).max())
-    scale = float(expected.to(wide).abs().nan_to_num(0, 0, 0).max())
-    return worst / scale if scale else worst
+    worst, most = distance(actual, expected)
+    return worst / most if most else worst
 
 
 def _number(error: float | None) -> str:

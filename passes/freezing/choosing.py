@@ -55,14 +55,14 @@ def choose(
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Recipe):
-            name = _name(module.path, decided)
+            name = call_name(module.path, decided)
             chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name))
             chosen.path, chosen.kept_weights = name, _weights(module)
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
         elif module is not None and _is_pool(module) and strategy != "library":
-            name = _name(str(node.target), decided)
+            name = call_name(str(node.target), decided)
             chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
             graph.set_submodule(str(node.target), chosen)
     return decided
@@ -81,7 +81,7 @@ def layer_sizes(graph: fx.GraphModule) -> dict[str, tuple[int, tuple[int, ...]]]
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Recipe):
             shape = node.all_input_nodes[0].meta["val"].shape
-            sizes[_name(module.path, sizes)] = _macs(module, shape), tuple(shape)
+            sizes[call_name(module.path, sizes)] = _macs(module, shape), tuple(shape)
     return sizes
 
 
@@ -121,7 +121,16 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Shapes(Interpreter):
+class Running(Interpreter):
+    """Runs a fused graph, its recipes by the library."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module, or what the library makes of a recipe."""
+        module = self.fetch_attr(target)
+        return LibraryLayer(module)(*args) if isinstance(module, Recipe) else module(*args, **kwargs)
+
+
+class _Shapes(Running):
     """Runs a graph once and notes what each module is called with: random values of the same shapes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -129,16 +138,13 @@ class _Shapes(Interpreter):
         self.inputs: dict[str, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        args, _ = self.fetch_args_kwargs_from_env(n)
         if n.op == "call_module":
+            args, _ = self.fetch_args_kwargs_from_env(n)
             self.inputs[n.name] = tuple(x for x in args if isinstance(x, Tensor))
-        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, Recipe):
-            return LibraryLayer(module)(*args)
         return super().run_node(n)
 
 
-def _name(path: str, decided: Mapping[str, object]) -> str:
+def call_name(path: str, decided: Mapping[str, object]) -> str:
     """A layer's path, or, for further calls of it, its path with a number."""
     calls = sum(name.partition("#")[0] == path for name in decided)
     return path if not calls else f"{path}#{calls + 1}"

@@ -10,6 +10,7 @@ from torch import nn
 import sgfx
 import sgfx.freezing
 from passes.errors import InputError
+from passes.freezing import assemble
 from passes.freezing.decisions import Decisions, decisions_of
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 
@@ -65,8 +66,8 @@ def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
 def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monkeypatch):
     done = []
     for name in ("fuse", "run_passes"):
-        function = getattr(sgfx.freezing, name)
-        monkeypatch.setattr(f"sgfx.freezing.{name}", lambda *args, f=function, n=name: done.append(n) or f(*args))
+        function = getattr(assemble, name)
+        monkeypatch.setattr(assemble, name, lambda *args, f=function, n=name: done.append(n) or f(*args))
     model = trained(Block())
     sgfx.freeze(model, IMAGES)
     assert done == ["fuse"]

@@ -1,0 +1,135 @@
+"""Assembling: a model's parts as fused graphs, how their layers are run, and the whole that is made of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from passes.copying import copy_model
+from passes.errors import InputError
+from passes.facts import Region, Regions, Settings
+from passes.freezing.chaining import chain
+from passes.freezing.choosing import choose
+from passes.freezing.constants import fold_constants
+from passes.freezing.decisions import LayerDecision
+from passes.freezing.fused import Recipe
+from passes.freezing.fusion import fuse
+from passes.freezing.joining import join
+from passes.freezing.placing import place
+from passes.freezing.thresholds import use_thresholds
+from passes.layers.grouped import Grouped
+from passes.layers.surgery import hook_dicts, replace_module
+from passes.manager import run_passes
+from passes.pipeline import ELIMINATION
+from passes.regions import find_regions
+from passes.shapes import find_shapes
+from passes.unit import Unit
+from passes.values import mapped
+
+
+@dataclass
+class Part:
+    """A region as a fused graph, and what its root is called with."""
+
+    path: str
+    graph: fx.GraphModule
+    inputs: tuple[object, ...]
+
+    def twin(self) -> Part:
+        """The same graph of the same layers, in which other forms of them can be put."""
+        return Part(self.path, fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph)), self.inputs)
+
+
+def without_unread_filters(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:
+    """A copy in eval mode, without hooks, from which the filters that nobody reads are gone."""
+    small = copy_model(model).eval()
+    for module in small.modules():
+        for key in hook_dicts(module):
+            module.__dict__[key].clear()
+    small.requires_grad_(False)
+    if any(isinstance(module, Grouped) for module in small.modules()):  # a dense layer reads all that there is
+        run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
+    return small
+
+
+def fused_parts(small: nn.Module, inputs: tuple[object, ...]) -> list[Part]:
+    """Fuse every region of which the shapes are known; `small` stays as it is.
+
+    Raises:
+        InputError: there is none.
+    """
+    regions = find_regions(small, inputs)
+    parts = [Part(region.path, rewritten(region), filled(arguments)) for region, arguments in usable(regions, inputs)]
+    parts += _alone(small, regions)
+    if not parts:
+        raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
+    return parts
+
+
+def usable(regions: Regions, inputs: tuple[object, ...]) -> Iterator[tuple[Region, tuple[object, ...]]]:
+    """The regions of which the shapes are known, and what the root of each is called with in eval mode."""
+    called = regions.observation.called if regions.observation is not None else {}
+    for region in regions.parts:
+        arguments = called.get(region.path, {}).get("eval", (None,))[0] if region.path else inputs
+        if arguments is not None and find_shapes(region.graphs["eval"], arguments):
+            yield region, arguments
+
+
+def rewritten(region: Region) -> fx.GraphModule:
+    """The eval graph of a region that has shapes, with as few passes over its tensors as possible."""
+    graph = fuse(region, next(region.graphs["eval"].parameters(), torch.empty(0)))
+    fold_constants(graph)
+    use_thresholds(graph)
+    join(graph)
+    return graph
+
+
+def _alone(small: nn.Module, regions: Regions) -> Iterator[Part]:
+    """Regrouped layers outside every region, each as a graph of its own, where a run showed how it is called."""
+    seen = regions.observation.called if regions.observation is not None else {}
+    for path, layer in small.named_modules():
+        inputs, keywords = seen.get(path, {}).get("eval", ((), {}))
+        if isinstance(layer, Grouped) and inputs and not keywords and regions.outside(path) is not None:
+            graph = fx.Graph()
+            graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+            yield Part(path, fx.GraphModule({"layer": Recipe(layer, path)}, graph), filled(inputs))
+
+
+def filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """Real tensors to measure with; values have no influence on time, but denormal numbers would."""
+
+    return mapped(arguments, lambda x: torch.rand(x.shape, device=x.device).to(x.dtype) if x.is_floating_point() else x)
+
+
+def assembled(
+    small: nn.Module, parts: Sequence[Part], strategy: str | None, given: Mapping[str, LayerDecision]
+) -> tuple[nn.Module, dict[str, LayerDecision]]:
+    """Choose how the layers of every part are run, and put the parts in their places in a copy of `small`.
+
+    Returns:
+        The whole, and what was decided, by layer.
+    """
+    layers: dict[str, LayerDecision] = {}
+    for part in parts:
+        layers.update(choose(part.graph, part.inputs, strategy, given))
+        place(part.graph)
+        chain(part.graph)
+    if parts[0].path == "":
+        return _finished(parts[0].graph), layers
+    whole = copy_model(small)
+    for part in parts:
+        for key, value in whole.get_submodule(part.path).__dict__.items():
+            if key not in part.graph.__dict__ and not key.startswith("_"):
+                part.graph.__dict__[key] = value  # what others ask the part for, such as out_channels
+        replace_module(whole, part.path, _finished(part.graph))
+    return whole.eval(), layers
+
+
+def _finished(graph: fx.GraphModule) -> fx.GraphModule:
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph.eval().requires_grad_(False)

@@ -44,9 +44,14 @@ def cut_of(module: nn.Module) -> Cut:
     return cut if isinstance(cut, Cut) else Cut()
 
 
+def has_cut(module: nn.Module) -> bool:
+    """Whether channels of a module were cut."""
+    return _KEY in module.__dict__
+
+
 def cuts(model: nn.Module) -> dict[str, Cut]:
     """Return the cuts of all modules that have one, keyed by module path."""
-    return {path: cut_of(module) for path, module in model.named_modules() if _KEY in module.__dict__}
+    return {path: cut_of(module) for path, module in model.named_modules() if has_cut(module)}
 
 
 def apply_cuts(model: nn.Module, cuts: Mapping[str, Cut]) -> None:

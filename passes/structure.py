@@ -2,7 +2,7 @@
 
 A record holds what the model's own constructor does not know (plans: labels and the inputs of each group, or the reason
 of a layer that was left alone; cuts) and what has to agree with a fresh dense model before anything is put into it: the
-class of every module, its geometry, and which names stand for one and the same tensor.
+class of every module, its hyperparameters, and which names stand for one and the same tensor.
 """
 
 from __future__ import annotations
@@ -12,27 +12,33 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from passes.cut import Cut, channel_counts, cuts, is_cuttable
+from passes.cut import Cut, channel_counts, cuts, has_cut, is_cuttable, is_depthwise
 from passes.errors import InputError
+from passes.hyperparameters import Hyperparameters
 from passes.layers.grouped import DERIVED, GROUPED, Grouped
 from passes.plan import LayerPlan, layer_shape, plan_of, plans
 
 Record: TypeAlias = dict[str, Any]
 
-# What changes a module's outputs and can't be seen in the shapes of its tensors.
-_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "output_size", "ceil_mode", "eps")
+# What layers and norms count channels by is seen in the shapes of their tensors, and changes with a cut; the last one
+# follows from the padding.
+_SEEN_ELSEWHERE = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
+_SEEN_ELSEWHERE |= {"_reversed_padding_repeated_twice"}
 
 
 def describe(model: nn.Module) -> Record:
     """The structure of `model` as dicts, lists, strings and numbers.
 
     A grouped layer is described as the dense layer it was made from, so that the description of a compiled model and
-    that of its dense twin differ in ``"plans"`` and ``"cuts"`` alone.
+    that of its dense twin differ in ``"plans"`` and ``"cuts"`` alone (and in the groups of cut depthwise layers).
     """
+    found = Hyperparameters(model)
     return {
         "model": type(model).__qualname__,
-        "modules": {path: _module_record(m) for path, m in model.named_modules(remove_duplicate=False)},
+        "modules": {path: _module_record(m, found) for path, m in model.named_modules(remove_duplicate=False)},
         "plans": {path: plan_record(plan) for path, plan in plans(model).items()},
         "cuts": {path: cut_record(cut) for path, cut in cuts(model).items()},
         "ties": ties(model),
@@ -75,21 +81,19 @@ def transient(model: nn.Module) -> set[str]:
     }
 
 
-def _module_record(module: nn.Module) -> Record:
+def _module_record(module: nn.Module, found: Hyperparameters) -> Record:
     plan = plan_of(module)
-    name = plan.kind if isinstance(module, Grouped) and plan is not None else type(module).__qualname__
-    geometry = {key: _plain(getattr(module, key)) for key in _GEOMETRY if _is_plain(getattr(module, key, ...))}
-    return {"class": name, **geometry}
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, int | float | str)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+    if isinstance(module, Grouped) and plan is not None:
+        dense = next(kind for kind, grouped in GROUPED.items() if type(module) is grouped)
+        own = {"class": plan.kind, **found.of(module, dense)}
+        del own["form"]
+        if plan.kernel_size:
+            own |= {"groups": 1, "transposed": False, "output_padding": [0] * len(plan.kernel_size)}
+    else:
+        own = {"class": type(module).__qualname__, **found.of(module)}
+    left_out = _SEEN_ELSEWHERE if isinstance(module, Grouped | _ConvNd | nn.Linear | _NormBase) else set()
+    left_out = left_out | {"groups"} if has_cut(module) and is_depthwise(module) else left_out
+    return {key: value for key, value in own.items() if key not in left_out}
 
 
 def plan_record(plan: LayerPlan) -> Record:

@@ -22,6 +22,7 @@ from passes.copying import copy_model
 from passes.cut import apply_cuts
 from passes.errors import InputError
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of
+from passes.hyperparameters import agree
 from passes.layers.grouped import Grouped
 from passes.layers.masked import Masked
 from passes.lowering import lower
@@ -34,7 +35,7 @@ from sgfx.writing import replacing
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
-FORMAT = 1  # grows when a file means something that earlier versions of sgfx would read wrongly
+FORMAT = 2  # grows when a file means something that earlier versions of sgfx would read wrongly
 _KEY = "sgfx"
 _ANEW = "Make a fresh dense model of the class and options that the file was saved from"
 
@@ -73,6 +74,12 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     The model gets the structure, the plans, the weights and the buffers of the saved one, exactly; it keeps its own
     modes, hooks, devices and ``requires_grad``, and is fit for further training (make the optimizer afterwards: the
     regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it.
+
+    Another model is one of other classes, shapes or hyperparameters: public attributes of torch's and torchvision's own
+    modules (a slope, the groups of a norm, a dropout), and those attributes of other classes that their forwards read,
+    but for the last digits of numbers. What may differ are attributes that no forward reads (an epoch, a path), those
+    that a forward sets itself, and those that only one of the two has. Files of format 1 know only the geometry of
+    layers.
 
     Args:
         path: the file.
@@ -230,12 +237,11 @@ def _check_modules(own: Record, given: Record) -> None:
         raise InputError(f"the file lacks {_few(extra)}")
     for path, record in theirs.items():
         mine = modules[path]
-        different = [key for key in ("class", *sorted(record), *mine) if record.get(key) != mine.get(key)]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"module {path!r} has {key} {record.get(key)} in the file and {mine.get(key)} in the model"
-            )
+        # What one of the two lacks was put there later, or not written by the sgfx that wrote the file.
+        for key in ("class", *mine):
+            if key in record and not agree(record[key], mine[key]):
+                where = f"module {path!r}" if path else "the model"
+                raise InputError(f"{where} has {key} {record[key]} in the file and {mine[key]} in the model")
     if given["ties"] != own["ties"]:
         names = sorted({*given["ties"].items()} ^ {*own["ties"].items()})
         raise InputError(f"{' and '.join(map(repr, names[0]))} are one tensor in the file or in the model, not in both")

@@ -193,7 +193,7 @@ def test_a_file_saved_again_is_the_same(file, tmp_path):
 def test_weights_are_stored_packed_and_the_structure_is_plain_json(file):
     with safe_open(file, "pt") as content:
         structure = json.loads(content.metadata()["sgfx"])
-    assert structure["format"] == 1
+    assert structure["format"] == 2
     plan = sgfx.plans(small_net())["block.0"]
     assert structure["plans"]["block.0"]["labels"] == plan.labels.tolist()
     assert structure["plans"]["conv1"]["reason"] == "first convolution"

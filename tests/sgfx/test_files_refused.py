@@ -149,8 +149,8 @@ def test_any_flipped_bit_is_noticed(file):
 
 
 def test_newer_files_are_refused(file):
-    rewrite(file, lambda structure, _: structure.update(format=2), honest=False)
-    refused(file, r"was written by a newer sgfx \(format 2; this one reads formats up to 1\): upgrade")
+    rewrite(file, lambda structure, _: structure.update(format=3), honest=False)
+    refused(file, r"was written by a newer sgfx \(format 3; this one reads formats up to 2\): upgrade")
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, True])

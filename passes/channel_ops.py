@@ -20,7 +20,7 @@ ELEMENTWISE = _names(
     expm1 log log1p sqrt rsqrt pow square reciprocal sin cos erf sign floor ceil round clamp clamp_min clamp_max
     maximum minimum where lerp nan_to_num masked_fill logical_not eq ne gt lt ge le
     sigmoid tanh relu relu6 leaky_relu elu selu celu silu mish gelu softplus softsign hardtanh hardswish hardsigmoid
-    logsigmoid threshold dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
+    threshold dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
     stochastic_depth float half double bfloat16 to type type_as clone detach contiguous"""
 )
 LOCAL = _names(
@@ -56,6 +56,17 @@ LOCAL_MODULES = (
     nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.CircularPad1d,
     nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
+
+
+def dims_along(name: str, rank: int) -> range:
+    """The dimensions that a local operation or module of this name works along, in a tensor of `rank` dimensions.
+
+    Those with a number in their name work along as many of the last ones, with a batch or without; resizing works along
+    all behind the channels.
+    """
+    if name.lower().startswith(("interpolate", "upsampl")):
+        return range(2, rank)
+    return range(rank - int(name[-2]), rank)
 
 
 _HOMES = (torch, F, operator, builtins)

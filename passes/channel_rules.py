@@ -3,7 +3,7 @@
 A rule gets the labels of what an operation reads and returns the labels of what it gives. The kinds:
 
 - elementwise: operands are broadcast; slots that meet stay or go together (`tie`);
-- local (pooling, resizing, reductions over other dimensions): channels stay apart, and so do their labels;
+- local (pooling, resizing, reductions): works along some dimensions; channels that lie in another stay apart;
 - moving (reshape, permute, slice, cat, pad, …): done on the labels themselves. Where the arguments count channels (an
   index, a size, a number of them), none can be taken out (`hold`), though it is still known who reads which.
 
@@ -12,7 +12,7 @@ Whatever has no rule reads all that it gets, in places that are not known (`expo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -67,8 +67,10 @@ def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.expand(shape), b.expand(shape)
 
 
-def local(labels: Tensor, value: Any) -> Any:
-    """Labels after an operation that keeps channels apart; of each tensor, where it gives several."""
+def local(labels: Tensor, value: Any, dims: Iterable[int] = ()) -> Any:
+    """Labels after an operation that works along `dims` alone; of each tensor, where it gives several."""
+    if set(dims) & varying(labels):
+        raise NotUnderstoodError("it works along the channels")
     if isinstance(value, tuple | list):
         return tuple(local(labels, each) for each in value)
     moved = carried(labels, value.shape)
@@ -79,11 +81,12 @@ def local(labels: Tensor, value: Any) -> Any:
 
 def along_others(labels: Tensor, dims: Any) -> list[int]:
     """The dimensions of an operation that works along some, which must not be those of the channels."""
-    if dims is None:
-        raise NotUnderstoodError("it works over all dimensions")
-    chosen = [dim % labels.dim() for dim in ([dims] if isinstance(dims, int) else dims)]
+    chosen = [dims] if isinstance(dims, int) else dims
+    if not chosen:  # none, or an empty list of them, means all
+        raise NotUnderstoodError("it works along all dimensions")
+    chosen = [dim % labels.dim() for dim in chosen]
     if set(chosen) & varying(labels):
-        raise NotUnderstoodError("it works over the channels")
+        raise NotUnderstoodError("it works along the channels")
     return chosen
 
 
@@ -101,6 +104,8 @@ def moving(notes: Notes, name: str, target: Any, args: tuple[Any, ...], kwargs: 
         return _padded(*args, **kwargs)
     if name in JOINING:
         return _joined(notes, name, *args, **kwargs, reason=reason)
+    if name == "expand_as":  # the result has as many channels as what it is spread to
+        notes.hold(args[1], reason)
     if isinstance(target, str):
         moved = getattr(args[0], "reshape" if name == "view" else target)(*args[1:], **kwargs)
     else:

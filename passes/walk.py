@@ -21,11 +21,13 @@ from passes.channel_ops import (
     PLAIN_METHODS,
     REDUCTIONS,
     RELATIVE,
+    dims_along,
     name_of,
 )
 from passes.cut import channel_dim, is_cuttable, is_depthwise
 from passes.facts import Region
 from passes.labels import along, compact, fixed, varying
+from passes.mutation import works_in_place
 
 if TYPE_CHECKING:
     from passes.channels import Channels
@@ -61,12 +63,19 @@ class _Walk:
         for node in self.graph.graph.nodes:
             try:
                 labels = self._visit(node)
+                self._check(node, labels)
             except Exception as error:  # an unusual call of a known operation: as if it were unknown
                 labels = self._give_up(node, str(error) if isinstance(error, rules.NotUnderstoodError) else "")
             if (reason := node.meta.get("exposed")) is not None:
                 self._expose(labels, f"seen by {reason}")
                 labels = _unknown(node)
             self.labels[node] = labels
+
+    def _check(self, node: fx.Node, labels: Any) -> None:
+        """Every tensor has labels in its shape, or the rule was not made for this call."""
+        pairs = zip(pytree.tree_leaves(labels), pytree.tree_leaves(node.meta["val"]), strict=False)
+        if any(isinstance(a, Tensor) and (not isinstance(b, Tensor) or a.shape != b.shape) for a, b in pairs):
+            raise rules.NotUnderstoodError("called in an unusual way")
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -96,8 +105,10 @@ class _Walk:
             return self._size(node, first, rest[0] if rest else kwargs["dim"])
         if name in ELEMENTWISE:
             return rules.elementwise(self.channels, self._operands(node), node.meta["val"].shape)
+        if works_in_place(self.graph, node):
+            return self._give_up(node)  # what it changes may be read under another name
         if name in LOCAL:
-            return rules.local(first, node.meta["val"])
+            return rules.local(first, node.meta["val"], dims_along(name, first.dim()))
         if name in REDUCTIONS:
             keepdim = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
             return rules.reduction(first, rest[0] if rest else kwargs.get("dim"), keepdim)
@@ -129,7 +140,7 @@ class _Walk:
         if type(module) in ELEMENTWISE_MODULES:
             return rules.elementwise(self.channels, operands, value.shape)
         if type(module) in LOCAL_MODULES:
-            return rules.local(operands[0], value)
+            return rules.local(operands[0], value, dims_along(type(module).__name__, operands[0].dim()))
         if type(module) is nn.Flatten:
             return operands[0].flatten(module.start_dim, module.end_dim)
         if path in self.uncuttable or not is_cuttable(module):

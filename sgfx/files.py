@@ -30,6 +30,7 @@ from passes.plan import plan_of, plans
 from passes.settings import check_model
 from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
 from sgfx.frozen import decisions_in
+from sgfx.reading import content_of
 from sgfx.writing import replacing
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,7 +74,8 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
 
     The model gets the structure, the plans, the weights and the buffers of the saved one, exactly; it keeps its own
     modes, hooks, devices and ``requires_grad``, and is fit for further training (make the optimizer afterwards: the
-    regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it.
+    regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it. The file
+    is read once, into memory of its own (twice its size at most): what becomes of it later changes nothing.
 
     Another model is one of other classes, shapes or hyperparameters: public attributes of torch's and torchvision's own
     modules (a slope, the groups of a norm, a dropout), and those attributes of other classes that their forwards read,
@@ -164,23 +166,21 @@ def _json(value: object) -> str:
 
 
 def _read(file: Path) -> tuple[Record, dict[str, Tensor]]:
-    """Read and check a file for itself: its structure and tensors."""
-    from safetensors import safe_open
+    """Read and check a file for itself: its structure and tensors, in memory that nothing else has."""
+    from safetensors.torch import load as tensors_in
 
-    if file.is_dir():
-        raise InputError(f"{file} is a folder; give the path of a file that sgfx.save wrote")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; give the path of a file that sgfx.save wrote")
+    content = content_of(file)
     try:
-        with safe_open(file, framework="pt", device="cpu") as content:
-            structure = _structure(file, (content.metadata() or {}).get(_KEY))
-            tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
-    except (InputError, PermissionError, MemoryError):
+        tensors = tensors_in(content)  # checks the header too
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except MemoryError:
         raise
     except Exception as error:  # arbitrary bytes make the reader raise nearly anything
         raise InputError(
             f"{file} is truncated, damaged or no safetensors file ({error}); copy it again, or save it anew"
         ) from error
+    structure = _structure(file, metadata.get(_KEY))
     given = structure.pop("checksum", None)
     if given != _checksum(structure, tensors):
         raise InputError(f"{file} was altered after sgfx.save wrote it: its checksum differs; copy it again")

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,3 +342,42 @@ def test_deep_copies_save_alike(file):
     again = file.with_name("again.safetensors")
     sgfx.save(copy.deepcopy(small_net()), again)
     assert again.read_bytes() == file.read_bytes()
+
+
+# What happens to a file during and after loading.
+
+
+def test_a_loaded_model_has_nothing_of_its_file(file):
+    small, loaded = small_net(), sgfx.load(file, into=Net())
+    with file.open("r+b") as opened:  # in place: a mapping would show it
+        opened.write(b"\xff" * file.stat().st_size)
+    assert_same(loaded, small)
+    os.truncate(file, 0)  # and here it would kill the process
+    assert torch.equal(loaded.eval()(IMAGES), small.eval()(IMAGES))
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(file) not in maps.read_text()
+    loaded.block[0].weight.data.zero_()  # and its tensors can be written to
+
+
+@pytest.mark.parametrize("change", [lambda file: os.truncate(file, 100), lambda file: file.write_bytes(bytes(10**6))])
+def test_a_file_that_changes_while_it_is_read_is_refused(file, monkeypatch, change):
+    opening = os.fstat
+
+    def changed_after(descriptor):
+        status = opening(descriptor)
+        change(file)
+        return status
+
+    monkeypatch.setattr(os, "fstat", changed_after)
+    with pytest.raises(sgfx.InputError, match="was written to while it was read; load it again when it is whole"):
+        sgfx.load(file, into=Net())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path, kind in ((tmp_path / "fifo", "FIFO"), (tmp_path / "socket", "socket"), ("/dev/zero", "device")):
+            with pytest.raises(sgfx.InputError, match=f"is a {kind}; give the path of a file that sgfx.save wrote"):
+                sgfx.load(path, into=Net())

@@ -74,8 +74,8 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
 
     The model gets the structure, the plans, the weights and the buffers of the saved one, exactly; it keeps its own
     modes, hooks, devices and ``requires_grad``, and is fit for further training (make the optimizer afterwards: the
-    regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it. The file
-    is read once, into memory of its own (twice its size at most): what becomes of it later changes nothing.
+    regrouped layers have new weights). Nothing of it changes before the whole file has been checked against it. The
+    file is read once, into memory of its own (twice its size at most): what becomes of it later changes nothing.
 
     Another model is one of other classes, shapes or hyperparameters: public attributes of torch's and torchvision's own
     modules (a slope, the groups of a norm, a dropout), and those attributes of other classes that their forwards read,

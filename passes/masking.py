@@ -7,7 +7,7 @@ Without plans (before the first step) nothing is masked yet.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from passes.layers.masked import MASKED, Masked
 from passes.layers.surgery import replace_module
@@ -22,8 +22,7 @@ def mask(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
         layer = model.get_submodule(path)
         if plan.grouped:
             masked = masked_layer(model, path)
-            updated = _update(masked.mask, plan.mask())
-            modified |= updated or masked is not layer
+            modified |= masked.update(plan) or masked is not layer
             layer = masked
         attach_plan(layer, plan)
     return modified
@@ -36,13 +35,6 @@ def masked_layer(model: nn.Module, path: str) -> Masked:
         layer = MASKED[type(layer)].from_dense(layer)
         replace_module(model, path, layer)
     return layer
-
-
-def _update(mask: Tensor, new: Tensor) -> bool:
-    new = new.to(mask.device)
-    changed = not torch.equal(mask, new)
-    mask.copy_(new)
-    return changed
 
 
 class Masking(Pass):

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.cut import Cut, channel_counts, cuts, has_cut, is_cuttable, is_depthwise
 from passes.errors import InputError
 from passes.hyperparameters import Hyperparameters
-from passes.layers.grouped import DERIVED, GROUPED, Grouped
+from passes.layers.grouped import GROUPED, Grouped
 from passes.plan import LayerPlan, layer_shape, plan_of, plans
 
 Record: TypeAlias = dict[str, Any]
@@ -47,14 +47,8 @@ def describe(model: nn.Module) -> Record:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, each tensor once, without what a grouped layer derives from its plan."""
-    derived = {
-        f"{path}.{name}".lstrip(".")
-        for path, layer in model.named_modules()
-        if isinstance(layer, Grouped)
-        for name in DERIVED
-    }
-    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name not in derived}
+    """All parameters and buffers by name, each tensor once."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def ties(model: nn.Module) -> dict[str, str]:
@@ -77,7 +71,6 @@ def transient(model: nn.Module) -> set[str]:
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
-        if not (isinstance(module, Grouped) and name in DERIVED)
     }
 
 
@@ -86,7 +79,7 @@ def _module_record(module: nn.Module, found: Hyperparameters) -> Record:
     if isinstance(module, Grouped) and plan is not None:
         dense = next(kind for kind, grouped in GROUPED.items() if type(module) is grouped)
         own = {"class": plan.kind, **found.of(module, dense)}
-        del own["form"]
+        own = {key: value for key, value in own.items() if key not in ("form", *Grouped.TABLES)}
         if plan.kernel_size:
             own |= {"groups": 1, "transposed": False, "output_padding": [0] * len(plan.kernel_size)}
     else:

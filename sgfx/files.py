@@ -125,7 +125,7 @@ def _check_savable(small: nn.Module) -> None:
         plan = plan_of(module)
         if isinstance(module, Grouped) != (plan is not None and plan.grouped):
             raise InputError(f"{where} does not agree with its layer plan: it was replaced after compiling")
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if not isinstance(module, Grouped) and type(module).get_extra_state is not nn.Module.get_extra_state:
             raise InputError(f"{where} keeps extra state (get_extra_state), which a file of tensors can't hold")
 
 

@@ -179,11 +179,11 @@ class Pruner(Generic[M]):
         self._check_not_lowered("load into")
         self._check_state(state)
         plans = self._loaded_plans(state["plans"]) if state["index"] else None
-        self.model.load_state_dict(state["model"])
-        self._index, self._open = state["index"], state["open"]
         if plans is not None:
             self._unit.plans = plans
             mask(self.model, plans)
+        self.model.load_state_dict(state["model"])
+        self._index, self._open = state["index"], state["open"]
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = {"version", "options", "index", "open", "plans", "model"}
@@ -204,8 +204,11 @@ class Pruner(Generic[M]):
         ]
         if other:
             raise InputError("the state was saved with other options: " + ", ".join(other))
-        shapes = {name: getattr(tensor, "shape", None) for name, tensor in self.model.state_dict().items()}
-        given = {name: getattr(tensor, "shape", None) for name, tensor in state["model"].items()}
+        masks = {f"{path}.{name}" for path in self._unit.targets for name in ("_extra_state", "mask")}
+        shapes, given = (
+            {name: getattr(tensor, "shape", None) for name, tensor in each.items() if name not in masks}
+            for each in (self.model.state_dict(), state["model"])
+        )
         wrong = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
         if wrong:
             raise InputError(f"the state belongs to another model: {', '.join(wrong[:3])} differ ({len(wrong)} in all)")

@@ -2,7 +2,7 @@
 
 One packed parameter ``weight`` of shape ``[connections, *kernel]`` (linear: ``[connections, 1]``) holds a row for every
 kept (filter, input) pair, group after group; within a group filter after filter, each with the inputs of its group in
-ascending order. The block of a group is a view of it. Buffers, in the numbering of the dense layer:
+ascending order. The block of a group is a view of it. Tables (`structured.py`), in the numbering of the dense layer:
 
 - ``filters`` ``[C_out]``: the filters of each group, side by side (P_out of eq. 17);
 - ``inputs`` ``[Σ m_g]``: what each group reads, one after the other (P_in of eq. 17);
@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.errors import InputError
+from passes.layers.structured import Structured
 from passes.layers.surgery import carry_over
-from passes.plan import LayerPlan
+from passes.plan import LayerPlan, LayerShape, plan_of
 
 L = TypeVar("L", bound="Grouped")
 Form = Literal["dense", "blocks"]
-STRUCTURE = ("filters", "inputs", "block_sizes")
-DERIVED = (*STRUCTURE, "_rows", "_places")  # all buffers: each follows from the layer's plan
 
 
-class Grouped(nn.Module):
+class Grouped(Structured):
     """What all grouped layers share: the packed weight, its structure, and the two ways to run it."""
 
     weight: nn.Parameter
@@ -42,6 +41,8 @@ class Grouped(nn.Module):
     _rows: Tensor
     _places: Tensor
     _spatial_dims: int  # dimensions behind the channels
+    _former_buffers = ("filters", "inputs", "block_sizes")
+    TABLES = (*_former_buffers, "_rows", "_places")
 
     @classmethod
     def from_dense(cls: type[L], layer: Any, plan: LayerPlan) -> L:
@@ -52,10 +53,11 @@ class Grouped(nn.Module):
         """
         new = cls()
         new._copy_geometry(layer)
-        new._set_structure(plan, layer.weight.device)
-        rows = layer.weight.detach().flatten(0, 1).index_select(0, new._rows)
+        new._set_structure(plan)
+        rows = layer.weight.detach().flatten(0, 1).index_select(0, new._rows.to(layer.weight.device))
         new.weight = nn.Parameter(rows if rows.dim() > 1 else rows[:, None], requires_grad=layer.weight.requires_grad)
         new.register_parameter("bias", layer.bias)
+        new._follow_weight()
         carry_over(layer, new)
         return new
 
@@ -94,32 +96,59 @@ class Grouped(nn.Module):
         channels = torch.arange(self._dense_shape[1]) if inputs is None else inputs
         new._copy_geometry(self)
         new._resize(plan.in_channels, plan.out_channels)
-        new._set_structure(plan, device)
+        new._set_structure(plan)
         row_of = torch.empty(self._dense_shape[0] * self._dense_shape[1], dtype=torch.int64, device=device)
-        row_of[self._rows] = torch.arange(len(self._rows), device=device)
-        filter_, channel = new._rows // plan.in_channels, new._rows % plan.in_channels
+        row_of[self._beside_weight(self._rows)] = torch.arange(len(self._rows), device=device)
+        rows = new._rows.to(device)
+        filter_, channel = rows // plan.in_channels, rows % plan.in_channels
         dense = filters.to(device)[filter_] * self._dense_shape[1] + channels.to(device)[channel]
         new.weight = nn.Parameter(self.weight.detach()[row_of[dense]], requires_grad=self.weight.requires_grad)
         bias = self.bias
         if bias is not None and outputs is not None:
             bias = nn.Parameter(bias.detach()[filters.to(device)], requires_grad=bias.requires_grad)
         new.register_parameter("bias", bias)
+        new._follow_weight()
         carry_over(self, new)
         return new
 
-    def _set_structure(self, plan: LayerPlan, device: torch.device) -> None:
+    def _set_structure(self, plan: LayerPlan) -> None:
         if plan.labels is None or plan.keep is None:
             raise InputError(f"a layer that is left alone can't be regrouped: {plan.reason}")
+        super()._set_structure(plan)
         filters = torch.argsort(plan.labels, stable=True)
         place, channel = plan.mask()[filters].nonzero().unbind(1)
         self._blocks = tuple(plan.block_sizes)
         self._dense_shape = (plan.out_channels, plan.in_channels, *plan.kernel_size)
-        self.register_buffer("filters", filters.to(device))
-        self.register_buffer("inputs", plan.keep.nonzero()[:, 1].to(device))
-        self.register_buffer("block_sizes", torch.tensor(plan.block_sizes, device=device))
+        self.filters = filters
+        self.inputs = plan.keep.nonzero()[:, 1].clone()  # no view, or files would hold twice as much
+        self.block_sizes = torch.tensor(plan.block_sizes, device="cpu")
         # Derived from the three above: the dense row of each packed row, and where each filter lies in P_out.
-        self.register_buffer("_rows", (filters[place] * plan.in_channels + channel).to(device), persistent=False)
-        self.register_buffer("_places", torch.argsort(filters).to(device), persistent=False)
+        self._rows = filters[place] * plan.in_channels + channel
+        self._places = torch.argsort(filters)
+
+    def _shape(self) -> LayerShape:
+        kind = next(dense.__name__ for dense, grouped in GROUPED.items() if isinstance(self, grouped))
+        filters, inputs, *kernel = self._dense_shape
+        return kind, inputs, filters, tuple(kernel)
+
+    def _former_structure(self, buffers: dict[str, Tensor]) -> LayerPlan:
+        filters, inputs, sizes = (buffers[name] for name in self._former_buffers)
+        groups = torch.arange(len(sizes), device="cpu")
+        labels = torch.full((self._dense_shape[0],), -1, device="cpu")
+        labels[filters] = torch.repeat_interleave(groups, sizes[:, 0])
+        keep = torch.zeros(len(sizes), self._dense_shape[1], dtype=torch.bool, device="cpu")
+        keep[torch.repeat_interleave(groups, sizes[:, 1]), inputs] = True
+        plan = plan_of(self)
+        ratio = 1 - len(self.weight) / (labels.numel() * keep.shape[1]) if plan is None else plan.requested_ratio
+        return LayerPlan(*self._shape(), labels, keep, ratio)
+
+    def _difference(self, other: LayerPlan) -> str | None:
+        mine = self._structure
+        pairs = (("filters", mine.labels, other.labels), ("inputs", mine.keep, other.keep))
+        for name, own, given in pairs:
+            if own is not None and given is not None and not torch.equal(own.cpu(), given):
+                return f"{name} differs: the weights belong to a layer that was grouped differently"
+        return None
 
     @property
     def num_groups(self) -> int:
@@ -130,7 +159,8 @@ class Grouped(nn.Module):
         """The dense layer's weight with 0 where a connection is pruned, ``[C_out, C_in, *kernel]``."""
         filters, inputs, *kernel = self._dense_shape
         rows = self.weight if kernel else self.weight[:, 0]
-        return rows.new_zeros(filters * inputs, *kernel).index_copy(0, self._rows, rows).view(self._dense_shape)
+        at = self._beside_weight(self._rows)
+        return rows.new_zeros(filters * inputs, *kernel).index_copy(0, at, rows).view(self._dense_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer in its present `form`; shapes are those of the dense layer."""
@@ -147,7 +177,7 @@ class Grouped(nn.Module):
         channels = -1 - self._spatial_dims
         kernel = self._dense_shape[2:]
         weights = torch.split(self.weight, [filters * inputs for filters, inputs in self._blocks])
-        reads = torch.split(self.inputs, [inputs for _, inputs in self._blocks])
+        reads = torch.split(self._beside_weight(self.inputs), [inputs for _, inputs in self._blocks])
         outputs = [
             self._call(x.index_select(channels, read), weight.view(*block, *kernel), None) if block[1] else None
             for block, read, weight in zip(self._blocks, reads, weights, strict=True)
@@ -157,23 +187,13 @@ class Grouped(nn.Module):
             output if output is not None else _zeros_like(some, channels, filters)
             for output, (filters, _) in zip(outputs, self._blocks, strict=True)
         ]
-        y = torch.cat(blocks, channels).index_select(channels, self._places)
+        y = torch.cat(blocks, channels).index_select(channels, self._beside_weight(self._places))
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * self._spatial_dims)
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
         filters, inputs = self._dense_shape[:2]
         return f"{inputs}, {filters}, groups={self.num_groups}, connections={len(self.weight)}, form={self.form!r}"
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse weights of another structure: they may have the same shapes and another meaning."""
-        errors: list[str] = args[-1]
-        for name in STRUCTURE:
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(given, Tensor) and given.shape == own.shape and not torch.equal(given.cpu(), own.cpu()):
-                errors.append(f"{prefix}{name} differs: the weights belong to a layer that was grouped differently")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:

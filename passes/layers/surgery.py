@@ -8,14 +8,15 @@ from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
 
-# What a torch layer sets on itself; anything else in its __dict__ was put there by the user and moves along.
-_OF_TORCH = {
+# What a torch or masked layer sets on itself; anything else in its __dict__ was put there by the user and moves along.
+_ITS_OWN = {
     "transposed",
     "output_padding",
     "groups",
     "_reversed_padding_repeated_twice",
     "in_features",
     "out_features",
+    "_mask",
 }
 
 
@@ -46,7 +47,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     new.training = old.training
     carry_hooks(old, new)
     for key, value in old.__dict__.items():
-        if key not in new.__dict__ and key not in _OF_TORCH:
+        if key not in new.__dict__ and key not in _ITS_OWN:
             new.__dict__[key] = value
 
 

@@ -83,7 +83,7 @@ def test_masked_layers_are_there_from_the_start_and_parameters_stay_the_same_obj
     assert all(a is b for a, b in zip(each.model.parameters(), parameters, strict=True))
     assert all(a is b for a, b in zip(each.model.buffers(), buffers, strict=True))
     assert [name for name, _ in each.model.named_parameters()] == [name for name, _ in model.named_parameters()]
-    assert "conv2.mask" in each.model.state_dict()
+    assert "conv2._extra_state" in each.model.state_dict()
     assert isinstance(each.model.conv2, nn.Conv2d)
 
 

@@ -1,21 +1,22 @@
 """Copies: of a model a faithful one to rewrite and a throw-away shadow to trace, and of its inputs.
 
 Hooks are never deep-copied (that would copy a user's tap object, or fail on an activation it holds): the faithful copy
-gets the same callables by reference, the shadow gets none. A hook that is a method of one of the model's own modules is
-bound to that module's twin, or it would go on changing the original.
+gets the same callables by reference, the shadow gets none. A function on a module, or a hook, that holds parts of the
+model (a method of one of its modules, a closure over its layers) is bound to their twins, or the copy would go on
+running the original.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.layers.surgery import carry_hooks, hook_dicts
+from passes.rebinding import globals_of, rebound
 from passes.values import mapped
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,8 +33,8 @@ def copy_model(model: M, *, shared: Iterable[Tensor] = ()) -> M:
         InputError: a module holds something that can't be copied, such as a tensor with a gradient history.
     """
     twin = _deepcopy(model, {id(tensor): tensor for tensor in shared})
-    twins = dict(zip(model.modules(), twin.modules(), strict=True))
-    for module, other in twins.items():
+    twins = twins_of(model, twin)
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
         carry_hooks(module, other)
         for key in hook_dicts(other):
             hooks = other.__dict__[key]
@@ -64,9 +65,35 @@ def _deepcopy(model: M, memo: dict[int, Any]) -> M:
     for module in model.modules():
         memo.update((id(module.__dict__[key]), type(module.__dict__[key])()) for key in hook_dicts(module))
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(_culprit(model, memo) or f"{type(model).__name__} can't be copied: {error}") from error
+    _rebind(twin, twins_of(model, twin))
+    return twin
+
+
+def twins_of(model: nn.Module, twin: nn.Module) -> dict[int, Any]:
+    """The copies of all modules, parameters and buffers, by the ids of the originals."""
+    pairs: list[tuple[Any, Any]] = list(zip(model.modules(), twin.modules(), strict=True))
+    for module, other in list(pairs):
+        for mine, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+            pairs += [(tensor, theirs[name]) for name, tensor in mine.items() if tensor is not None]
+    return {id(mine): theirs for mine, theirs in pairs}
+
+
+def _rebind(twin: nn.Module, twins: dict[int, Any]) -> None:
+    """Bind the functions that stand on the modules of a copy to its own parts."""
+    for path, module in twin.named_modules():
+        held = ("_parameters", "_buffers", "_modules", *hook_dicts(module))
+        for key, value in [item for item in module.__dict__.items() if item[0] not in held]:
+            for name, part in globals_of(value):
+                if id(part) in twins:
+                    raise InputError(
+                        f"module {path!r} ({type(module).__name__}) can't be copied: a function on it, {key!r}, reads "
+                        f"the global {name!r}, which is a part of the model, and the copy would go on running it. "
+                        "Write it as a method of a subclass"
+                    )
+            module.__dict__[key] = rebound(value, twins)
 
 
 def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:
@@ -87,12 +114,9 @@ def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:
     return None
 
 
-def _rebound(hook: Any, twins: dict[nn.Module, nn.Module]) -> Any:
-    owner = getattr(hook, "__self__", None)
-    if isinstance(hook, MethodType) and isinstance(owner, nn.Module) and owner in twins:
-        return MethodType(hook.__func__, twins[owner])
+def _rebound(hook: Any, twins: dict[int, Any]) -> Any:
     # Hooks around load_state_dict sit in a wrapper that holds their module.
     owner = getattr(hook, "module", None)
-    if getattr(hook, "with_module", False) and callable(owner) and owner() in twins:
-        return type(hook)(hook.hook, twins[owner()])
-    return hook
+    if getattr(hook, "with_module", False) and callable(owner) and id(owner()) in twins:
+        return type(hook)(hook.hook, twins[id(owner())])
+    return rebound(hook, twins)

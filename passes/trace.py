@@ -20,6 +20,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules import module as _hooks
 from torch.nn.modules.conv import _ConvNd
 
 from passes.as_torch_made_it import change_of
@@ -84,7 +85,12 @@ class Tracing:
                 f"{type(model).__name__}.forward was replaced on the instance; put it back before compiling"
             )
         self._leaves = frozenset(leaf_modules)
-        self.hooked = {path for path, m in model.named_modules() if any(m.__dict__.get(key) for key in RUNNING_HOOKS)}
+        everywhere = has_global_hooks()
+        self.hooked = {
+            path
+            for path, module in model.named_modules()
+            if everywhere or any(module.__dict__.get(key) for key in RUNNING_HOOKS)
+        }
         self.shadows = {mode: shadow(model) for mode in _modes(model)}
         for mode, twin in self.shadows.items():
             if mode != "mixed":
@@ -208,7 +214,7 @@ class _Tracer(fx.Tracer):
         """Trace into a module, or past it if it is a leaf."""
         path = join(self._root_path, self.path_of_module(m))
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, m.forward if has_global_hooks() else forward, args, kwargs)
         except Exception:
             if self.failed is None:  # the innermost module is the first to know
                 self.failed = f"submodule {path!r} ({type(m).__name__})"
@@ -216,6 +222,11 @@ class _Tracer(fx.Tracer):
         if path in self._hooked:
             fx.node.map_aggregate((args, kwargs, result), lambda x: _expose(x, path))
         return result
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for the forwards of all modules there are."""
+    return bool(_hooks._global_forward_hooks or _hooks._global_forward_pre_hooks)
 
 
 def _expose(value: object, path: str) -> None:

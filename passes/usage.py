@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.facts import Regions
+from passes.layers.surgery import hook_dicts
+from passes.rebinding import held_by
 from passes.trace import calls
 
 
@@ -87,21 +87,11 @@ def _sharers(model: nn.Module) -> dict[str, str]:
 
 
 def _listed(model: nn.Module) -> dict[int, str]:
-    """Modules and parameters that some module also holds unregistered (in a plain list, say): id to where."""
+    """Modules and parameters that some module also holds unregistered (in a list or a function, say): id to where."""
     found: dict[int, str] = {}
-
-    def visit(value: object, where: str, depth: int) -> None:
-        if isinstance(value, nn.Module | nn.Parameter):
-            found.setdefault(id(value), where)
-        elif isinstance(value, Mapping) and depth:
-            for item in value.values():
-                visit(item, where, depth - 1)
-        elif isinstance(value, list | tuple | set) and depth:
-            for item in value:
-                visit(item, where, depth - 1)
-
     for path, module in model.named_modules():
         for key, value in module.__dict__.items():
-            if key not in ("_parameters", "_buffers", "_modules"):
-                visit(value, f"{path}.{key}".lstrip("."), 3)
+            if key not in ("_parameters", "_buffers", "_modules", *hook_dicts(module)):
+                held = (each for each in held_by(value) if isinstance(each, nn.Module | nn.Parameter))
+                found.update((id(each), f"{path}.{key}".lstrip(".")) for each in held if id(each) not in found)
     return found

@@ -20,6 +20,7 @@ from passes.freezing.assemble import Part, assembled, fused_parts, without_unrea
 from passes.freezing.checking import check
 from passes.freezing.choosing import checked_strategy, chosen_layers, layer_sizes
 from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
+from passes.freezing.hooks import check_hooks
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
 
@@ -47,10 +48,12 @@ def freeze(
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode, or, where a model can't be traced whole, a copy of it in which each
-        traceable part is one. It has no hooks and no trainable parameters.
+        traceable part is one. It has no hooks and no trainable parameters. To see whether the model's hooks change what
+        it computes, copies of them are run once, on a copy of the model.
 
     Raises:
-        InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit, or the frozen form
+        InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit, a hook changes what
+            the model computes, or the frozen form
             computes something else than the eval form for the example inputs: it is compared before it is returned.
     """
     check_model(model)
@@ -60,6 +63,8 @@ def freeze(
     if not inputs:
         raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
     _check_weights(model)
+    with preserved_random_state():
+        check_hooks(model, inputs)
     strategy = checked_strategy(strategy)
     if strategy is not None and decisions is not None:
         raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
@@ -123,8 +128,11 @@ def _note_without_kernel(strategy: str | None) -> str:
 def _check_weights(model: nn.Module) -> None:
     """Refuse layers whose weight is computed by a hook: it may be stale now, and a frozen model has no hooks."""
     for path, module in model.named_modules():
-        computed = "weight" not in module._parameters and not hasattr(module, "parametrizations")
-        if isinstance(module, _ConvNd | nn.Linear) and computed:
+        parametrized, layer = hasattr(module, "parametrizations"), isinstance(module, _ConvNd | nn.Linear)
+        computing = any(
+            type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+        )
+        if computing or (layer and "weight" not in module._parameters and not parametrized):
             raise InputError(
                 f"the weight of layer {path!r} is computed by a hook (weight_norm, spectral_norm, prune): make it a "
                 "plain parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"

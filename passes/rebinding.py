@@ -68,9 +68,9 @@ def rebound(value: Any, twins: Mapping[int, Any], made: dict[int, Any] | None = 
         twin.__dict__.update({key: new(each) for key, each in value.__dict__.items()})
         return twin
     if isinstance(value, dict):
-        twin = copy.copy(value)
-        twin.update({key: new(each) for key, each in value.items()})
-        return twin
+        copied = copy.copy(value)
+        copied.update({key: new(each) for key, each in value.items()})
+        return copied
     return type(value)(map(new, value)) if type(value) in (list, tuple, set, frozenset) else value
 
 

@@ -6,12 +6,14 @@ Without plans (before the first step) nothing is masked yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from passes.layers.masked import MASKED, Masked
 from passes.layers.surgery import replace_module
-from passes.plan import LayerPlan, attach_plan
+from passes.plan import LayerPlan, attach_plan, detach_plan
 from passes.unit import Pass, Unit
 
 
@@ -26,6 +28,15 @@ def mask(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
             layer = masked
         attach_plan(layer, plan)
     return modified
+
+
+def unmask(model: nn.Module, paths: Iterable[str]) -> None:
+    """Take the plans of the layers at `paths` away, in place, as before the first step: nothing is masked."""
+    for path in paths:
+        layer = model.get_submodule(path)
+        detach_plan(layer)
+        if isinstance(layer, Masked):
+            layer.unmask()
 
 
 def masked_layer(model: nn.Module, path: str) -> Masked:

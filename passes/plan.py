@@ -147,6 +147,11 @@ def attach_plan(module: nn.Module, plan: LayerPlan) -> None:
     module.__dict__[_KEY] = plan
 
 
+def detach_plan(module: nn.Module) -> None:
+    """Take the plan of `module` away, if it has one."""
+    module.__dict__.pop(_KEY, None)
+
+
 def plan_of(module: nn.Module) -> LayerPlan | None:
     """Return the plan of `module`, or None if it has none."""
     plan = module.__dict__.get(_KEY)

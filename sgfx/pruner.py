@@ -13,7 +13,7 @@ from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Criterion
 from passes.manager import run_passes
-from passes.masking import mask, masked_layer
+from passes.masking import mask, masked_layer, unmask
 from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
 from passes.plan import LayerPlan, network_ratios
 from passes.settings import LeafModules, checked_settings, step_ratio
@@ -178,12 +178,22 @@ class Pruner(Generic[M]):
         """
         self._check_not_lowered("load into")
         self._check_state(state)
-        plans = self._loaded_plans(state["plans"]) if state["index"] else None
-        if plans is not None:
-            self._unit.plans = plans
-            mask(self.model, plans)
-        self.model.load_state_dict(state["model"])
+        plans = self._loaded_plans(state["plans"]) if state["index"] else {}
+        try:
+            self._restore(copy_model(self.model), plans, state["model"])
+        except Exception as error:  # values can be anything, and modules may refuse what they are given
+            raise InputError(f"the state's model can't be loaded, and nothing was changed: {error}") from error
+        self._restore(self.model, plans, state["model"])
+        self._unit.plans = plans
         self._index, self._open = state["index"], state["open"]
+
+    def _restore(self, model: nn.Module, plans: dict[str, LayerPlan], values: Mapping[str, Any]) -> None:
+        """Give `model`, which is masked somehow, the masks of `plans` and the values of a state, in place."""
+        if plans:
+            mask(model, plans)
+        else:
+            unmask(model, [*self._unit.targets, *self._unit.reasons])
+        model.load_state_dict(values)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = {"version", "options", "index", "open", "plans", "model"}

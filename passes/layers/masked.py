@@ -48,6 +48,10 @@ class Masked(Structured):
         self._set_structure(plan)
         return not torch.equal(self._mask, before)
 
+    def unmask(self) -> None:
+        """Mask nothing, in place."""
+        self._set_structure(self._nothing_masked())
+
     def masked_weight(self) -> Tensor:
         """The weight with 0 where a connection is pruned, ``[C_out, C_in, *kernel]``."""
         mask = self._beside_weight(self._mask)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
@@ -19,8 +15,10 @@ from passes.errors import InputError
 from passes.freezing.assemble import Part, assembled, fused_parts, without_unread_filters
 from passes.freezing.checking import check
 from passes.freezing.choosing import checked_strategy, chosen_layers, layer_sizes
-from passes.freezing.decisions import Decisions, attach_decisions, decisions_of, machine
+from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
+from passes.freezing.forms import Form, fastest_form
 from passes.freezing.hooks import check_hooks
+from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
 
@@ -37,7 +35,7 @@ def freeze(
     Filters that nobody reads are removed, norms, sums and activations are fused into the layers before them, and each
     layer is run in the way that is measured to be fastest: by the library, or by a kernel that reads the inputs of a
     group where they lie. What was chosen stands in ``decisions`` of the result, and stays with `model`, so that
-    `sgfx.save` keeps it. Inputs of other sizes work too.
+    `sgfx.save` keeps it; unless the machine was busy, as ``decisions.note`` says then. Inputs of other sizes work too.
 
     Args:
         model: a dense or a compiled model; it is neither run nor changed (but for the decisions, which stay with it).
@@ -70,23 +68,26 @@ def freeze(
         raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
     note = "" if strategy == "library" else _note_without_kernel(strategy)
     given = None if strategy is not None else _given(model, decisions)
+    stopwatch = Stopwatch()
     with preserved_random_state():
         small = without_unread_filters(model, inputs)
         parts = fused_parts(small, inputs)
         if decisions is None and given is not None and not _fits(given, parts):
             given = None
-        measured = strategy is None and given is None
-        twins = [[part.twin() for part in parts] for _ in range(2)] if measured else []
-        frozen, layers = assembled(small, parts, strategy, given.layers if given is not None else {})
-        made = Decisions(machine(), layers)
+        if strategy is None and given is None:
+            form = fastest_form(small, parts, inputs, stopwatch)
+        else:
+            form = Form(
+                *assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch), {}, ""
+            )
         if decisions is not None and given is not None:
-            _check_names(given, made)
-        if measured:
-            frozen, made = _fastest(small, frozen, made, twins, inputs)
-        doubt = check(frozen, model, made.layers, inputs)
-    made = replace(made, note="; ".join(filter(None, (made.note or note, doubt))))
-    if measured:
+            _check_names(given, form.layers)
+        doubt = check(form.model, model, form.layers, inputs)
+    notes = (note, form.note, stopwatch.complaint(), doubt)
+    made = Decisions(machine(), form.layers, form.milliseconds, "; ".join(filter(None, notes)))
+    if strategy is None and given is None and not stopwatch.is_noisy:
         attach_decisions(model, made)
+    frozen = form.model
     frozen.decisions = made  # type: ignore[assignment]
     if isinstance(frozen, fx.GraphModule):
         frozen.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"decisions": made}  # which copies of it keep
@@ -146,43 +147,8 @@ def _fits(given: Decisions, parts: Sequence[Part]) -> bool:
     return all(known.get(path) == size for path, size in sizes.items())
 
 
-def _check_names(given: Decisions, made: Decisions) -> None:
+def _check_names(given: Decisions, layers: Mapping[str, LayerDecision]) -> None:
     """Refuse decisions of another model, as far as their names tell."""
-    unknown = next((path for path in given.layers if path not in made.layers), None)
+    unknown = next((path for path in given.layers if path not in layers), None)
     if unknown is not None:
         raise InputError(f"the decisions are of another model: this one has no layer {unknown!r} to decide about")
-
-
-def _fastest(
-    small: nn.Module, frozen: nn.Module, made: Decisions, twins: list[list[Part]], inputs: tuple[object, ...]
-) -> tuple[nn.Module, Decisions]:
-    """The fastest form of the whole, by the median over interleaved calls: as chosen, dense, or the library alone.
-
-    Dense is what `freeze` would choose for the dense network, but for filters that nobody reads here. `twins` are the
-    parts anew, as often as there are other forms.
-    """
-    forms = {"chosen": (frozen, made.layers, "")}
-    ungrouped = {path: layer.without_groups() for path, layer in made.layers.items()}
-    if ungrouped != made.layers:
-        dense, _ = assembled(small, twins.pop(), None, ungrouped)
-        forms["dense"] = dense, ungrouped, "regrouping is not faster here: each layer is run with its dense weight"
-    library = {path: replace(d, way="library", tiling=()) for path, d in made.layers.items()}
-    note = "the library alone is faster than what was chosen layer by layer: its form is returned"
-    forms["library alone"] = assembled(small, twins.pop(), "library", {})[0], library, note
-    times = _interleaved({name: form for name, (form, _, _) in forms.items()}, inputs)
-    best = min(times, key=times.__getitem__)
-    form, layers, note = forms[best]
-    return form, Decisions(made.machine, layers, times, note)
-
-
-def _interleaved(forms: Mapping[str, nn.Module], inputs: tuple[object, ...]) -> dict[str, float]:
-    """Median milliseconds of a call of each form, called in turn."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    with torch.no_grad():
-        for index in range(7):
-            for name, form in forms.items():
-                start = time.perf_counter()
-                form(*inputs)
-                if index:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}

@@ -20,6 +20,7 @@ from passes.freezing.fused import Recipe
 from passes.freezing.fusion import fuse
 from passes.freezing.joining import join
 from passes.freezing.placing import place
+from passes.freezing.stopwatch import Stopwatch
 from passes.freezing.thresholds import use_thresholds
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
@@ -106,7 +107,11 @@ def filled(arguments: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def assembled(
-    small: nn.Module, parts: Sequence[Part], strategy: str | None, given: Mapping[str, LayerDecision]
+    small: nn.Module,
+    parts: Sequence[Part],
+    strategy: str | None,
+    given: Mapping[str, LayerDecision],
+    stopwatch: Stopwatch,
 ) -> tuple[nn.Module, dict[str, LayerDecision]]:
     """Choose how the layers of every part are run, and put the parts in their places in a copy of `small`.
 
@@ -115,7 +120,7 @@ def assembled(
     """
     layers: dict[str, LayerDecision] = {}
     for part in parts:
-        layers.update(choose(part.graph, part.inputs, strategy, given))
+        layers.update(choose(part.graph, part.inputs, strategy, given, stopwatch))
         place(part.graph)
         chain(part.graph)
     if parts[0].path == "":

@@ -1,16 +1,14 @@
-"""Choosing: every layer is run in the way that is fastest on its real shape. Here, and only here, is time measured.
+"""Choosing: every layer is run in the way that is fastest on its real shape.
 
 1. The candidates of a layer are the library, the library with channels last, and the kernel with a few tilings; of a
    regrouped layer also the kernel with the dense weight, with zeros where it is pruned.
-2. They are timed in turn, round by round, on random inputs of the shapes that the example inputs lead to; the least
-   median wins.
+2. They are raced (see `stopwatch`) on random inputs of the shapes that the example inputs lead to. They are named in
+   the order of simplicity: of those that are as fast, the first one is taken.
 3. Decisions that are given are taken as they are; layers that they don't name are measured.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,18 +22,21 @@ from passes.errors import InputError
 from passes.exportable import dense_layer
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.fused import LastPool, LibraryLayer, Recipe
+from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.layers.grouped import Grouped
 from passes.plan import attach_plan, plan_of
 from passes.shapes import Interpreter
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
-SECONDS_PER_LAYER = 0.03  # what the rounds of one candidate may take
 STRATEGIES = ("library", "kernel")
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 def choose(
-    graph: fx.GraphModule, inputs: tuple[Any, ...], strategy: str | None, given: Mapping[str, LayerDecision]
+    graph: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    strategy: str | None,
+    given: Mapping[str, LayerDecision],
+    stopwatch: Stopwatch,
 ) -> dict[str, LayerDecision]:
     """Put the fastest form of each layer in the place of its recipe, in place.
 
@@ -44,6 +45,7 @@ def choose(
         inputs: example inputs of the graph.
         strategy: None to measure; ``"library"`` or ``"kernel"`` forces one, the kernel where it can compute a layer.
         given: decisions to take as they are, by layer.
+        stopwatch: measures what is not given.
 
     Returns:
         What was decided, by layer.
@@ -56,14 +58,14 @@ def choose(
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Recipe):
             name = call_name(module.path, decided)
-            chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name))
+            chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name), stopwatch)
             chosen.path, chosen.kept_weights = name, _weights(module)
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             graph.set_submodule(str(node.target), chosen)
         elif module is not None and _is_pool(module) and strategy != "library":
             name = call_name(str(node.target), decided)
-            chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name))
+            chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name), stopwatch)
             graph.set_submodule(str(node.target), chosen)
     return decided
 
@@ -106,14 +108,14 @@ def chosen_macs(chosen: Any, output: Tensor) -> int:
 
 
 def _choose_pool(
-    pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None
+    pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None, stopwatch: Stopwatch
 ) -> tuple[nn.Module, LayerDecision]:
     candidates: dict[str, Callable[[], nn.Module]] = {"library": partial(_itself, pool)}
     if inputs[0].dim() == 4:
         candidates["channels_last"] = partial(LastPool, pool)
     if given is None or given.way not in candidates:
-        times = _measured(candidates, inputs)
-        given = LayerDecision.of(min(times, key=times.__getitem__), times)
+        times = _measured(candidates, inputs, stopwatch)
+        given = LayerDecision.of(fastest(times), times)
     return candidates[given.way](), given
 
 
@@ -151,7 +153,11 @@ def call_name(path: str, decided: Mapping[str, object]) -> str:
 
 
 def _choose_one(
-    recipe: Recipe, inputs: tuple[Tensor, ...], strategy: str | None, given: LayerDecision | None
+    recipe: Recipe,
+    inputs: tuple[Tensor, ...],
+    strategy: str | None,
+    given: LayerDecision | None,
+    stopwatch: Stopwatch,
 ) -> tuple[Any, LayerDecision]:
     sizes: dict[str, Any] = {"macs": _macs(recipe, inputs[0].shape), "shape": tuple(inputs[0].shape)}
     if strategy == "library" and given is None:
@@ -165,8 +171,8 @@ def _choose_one(
         return candidates["library"](), LayerDecision("library", **sizes)
     if strategy == "kernel":
         candidates = {name: candidates[name] for name in kernels}
-    times = _measured(candidates, inputs)
-    return candidates[fastest := min(times, key=times.__getitem__)](), LayerDecision.of(fastest, times, **sizes)
+    times = _measured(candidates, inputs, stopwatch)
+    return candidates[best := fastest(times)](), LayerDecision.of(best, times, **sizes)
 
 
 def _as_given(candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision) -> nn.Module:
@@ -226,23 +232,12 @@ def kernel_obstacle(recipe: Recipe, x: Tensor) -> str | None:
     return supported()
 
 
-def _measured(candidates: Mapping[str, Callable[[], Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Median milliseconds of each candidate, timed in turn."""
-    modules = {name: make() for name, make in candidates.items()}
+def _measured(
+    candidates: Mapping[str, Callable[[], Any]], inputs: tuple[Tensor, ...], stopwatch: Stopwatch
+) -> dict[str, float]:
+    """Milliseconds of each candidate."""
     with torch.no_grad():
-        once = max(_seconds(module, inputs) + _seconds(module, inputs) for module in modules.values()) / 2
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_LAYER / max(once, 1e-6))))
-        times: dict[str, list[float]] = {name: [] for name in modules}
-        for _ in range(rounds):
-            for name, module in modules.items():
-                times[name].append(_seconds(module, inputs))
-    return {name: 1000 * statistics.median(each) for name, each in times.items()}
-
-
-def _seconds(module: Callable[..., object], inputs: tuple[Tensor, ...]) -> float:
-    start = time.perf_counter()
-    module(*inputs)
-    return time.perf_counter() - start
+        return stopwatch.race({name: partial(make(), *inputs) for name, make in candidates.items()})
 
 
 def _macs(recipe: Recipe, shape: torch.Size) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from passes.errors import InputError
+from passes.freezing.stopwatch import fastest
 
 _KEY = "_sgfx_decisions"
 VERSION = 1
@@ -66,8 +67,7 @@ class LayerDecision:
         if not any(name.startswith("dense") for name in self.milliseconds):
             return self
         ungrouped = {name: ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")}
-        fastest = min(ungrouped, key=ungrouped.__getitem__)
-        return LayerDecision.of(fastest, self.milliseconds, self.macs, self.shape)
+        return LayerDecision.of(fastest(ungrouped), self.milliseconds, self.macs, self.shape)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from passes.freezing.assemble import rewritten, usable, without_unread_filters
 from passes.freezing.choosing import Running, call_name, choose
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
+from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import seed_all
 from passes.regions import find_regions
 from passes.trace import join
@@ -58,7 +59,7 @@ def _in_region(part: nn.Module, region: Region, layers: Mapping[str, LayerDecisi
         paths[node.meta.get("stands_for", "")] = getattr(module, "path", None) or node.name
     for chosen in (False, True):
         if chosen:
-            choose(fused, inputs, None, layers)
+            choose(fused, inputs, None, layers, Stopwatch())
         name = expected.differing(_of_nodes(fused, inputs, lambda node: node.meta.get("stands_for", "")))
         if name is not None:
             return str(paths[name])

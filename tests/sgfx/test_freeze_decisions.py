@@ -15,7 +15,7 @@ from passes.freezing.decisions import Decisions, decisions_of
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 
 
-def test_decisions_are_kept_and_taken_without_measuring(monkeypatch):
+def test_decisions_are_kept_and_taken_without_measuring(stopwatch):
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
     frozen = sgfx.freeze(small, IMAGES)
     made = frozen.decisions
@@ -25,35 +25,35 @@ def test_decisions_are_kept_and_taken_without_measuring(monkeypatch):
     assert "conv2" in str(made)
     again = Decisions.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
-    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
+    stopwatch.races.clear()
     for decisions in (None, made, made.to_dict()):
         other = sgfx.freeze(small, IMAGES, decisions=decisions)
         assert {path: layer.name for path, layer in other.decisions.layers.items()} == {
             path: layer.name for path, layer in made.layers.items()
         }
         assert error(other, small, IMAGES) < 1e-5
+    assert not stopwatch.races
 
 
-def test_decisions_travel_in_files(tmp_path, monkeypatch):
+def test_decisions_travel_in_files(tmp_path, stopwatch):
     model = trained(Block())
     small = sgfx.compile(model, groups=3, ratio=0.5)
     frozen = sgfx.freeze(small, IMAGES)
     sgfx.save(small, tmp_path / "small.safetensors")
     loaded = sgfx.load(tmp_path / "small.safetensors", into=trained(Block()))
     assert decisions_of(loaded) == frozen.decisions
-    monkeypatch.setattr("passes.freezing.choosing._measured", lambda *_: pytest.fail("measured"))
+    stopwatch.races.clear()
     assert torch.equal(sgfx.freeze(loaded, IMAGES)(IMAGES), frozen(IMAGES))
+    assert not stopwatch.races
 
 
-def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch):
+def test_what_was_decided_on_another_machine_does_not_hold_here(monkeypatch, stopwatch):
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
     sgfx.freeze(small, IMAGES)
     monkeypatch.setattr("sgfx.freezing.machine", lambda: "another machine")
-    measured = []
-    measure = "passes.freezing.choosing._measured"
-    monkeypatch.setattr(measure, lambda candidates, inputs: measured.append(1) or dict.fromkeys(candidates, 1.0))
+    stopwatch.races.clear()
     sgfx.freeze(small, IMAGES)
-    assert measured
+    assert stopwatch.races
 
 
 def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
@@ -80,12 +80,14 @@ def test_copies_keep_their_decisions():
     assert copy.deepcopy(frozen).decisions == frozen.decisions
 
 
-def test_decisions_that_came_with_a_model_are_taken_for_the_same_layers_and_sizes_alone():
+def test_decisions_that_came_with_a_model_are_taken_for_the_same_layers_and_sizes_alone(stopwatch):
     dense = trained(Block())
     made = sgfx.freeze(dense, IMAGES).decisions
+    stopwatch.ms["library"] = 5.0
     assert sgfx.freeze(dense, IMAGES).decisions.layers == made.layers
     small = sgfx.compile(dense, groups=3, ratio=0.5)
     for model, images in ((small, IMAGES), (dense, IMAGES[:1])):
+        stopwatch.ms["library"] += 1
         found = sgfx.freeze(model, images).decisions
         for path in ("conv1", "conv2", "down"):
             assert found.layers[path].macs < made.layers[path].macs
@@ -102,29 +104,20 @@ def test_decisions_given_for_other_sizes_keep_the_ways_and_not_the_times():
         assert not found.layers[path].milliseconds
 
 
-def test_decisions_of_other_sizes_with_as_many_macs_are_not_taken():
+def test_decisions_of_other_sizes_with_as_many_macs_are_not_taken(stopwatch):
     model = trained(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
     made = sgfx.freeze(model, torch.rand(4, 3, 16, 16)).decisions
+    stopwatch.ms["library"] = 5.0
     found = sgfx.freeze(model, torch.rand(1, 3, 32, 32)).decisions
     assert found.layers["0"].macs == made.layers["0"].macs
     assert found.layers["0"].shape == (1, 3, 32, 32)
     assert found.layers["0"].milliseconds != made.layers["0"].milliseconds
 
 
-def pretend(monkeypatch, fastest: dict[str, float], whole: dict[str, float] | None = None) -> None:
-    """Let candidates take the milliseconds of their ways, and whole models those of their names."""
-    monkeypatch.setattr(
-        "passes.freezing.choosing._measured",
-        lambda candidates, _: {name: fastest.get(name.split()[0], 9.0) for name in candidates},
-    )
-    if whole is not None:
-        monkeypatch.setattr("sgfx.freezing._interleaved", lambda forms, _: {name: whole[name] for name in forms})
-
-
 @needs_kernel
-def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(monkeypatch):
+def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(stopwatch):
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)
-    pretend(monkeypatch, {"dense": 1.0}, {"chosen": 1.0, "library alone": 2.0})
+    stopwatch.ms |= {"dense": 1.0, "kernel": 2.0}
     frozen = sgfx.freeze(small, IMAGES)
     layers = frozen.decisions.layers
     assert {path for path, layer in layers.items() if layer.way == "dense"} == {"conv1", "conv2", "down", "head"}
@@ -146,9 +139,10 @@ def test_a_regrouped_layer_may_be_fastest_with_its_dense_weight(monkeypatch):
         ({"chosen": 3.0, "dense": 2.0, "library alone": 1.0}, {"library"}, "the library alone is faster"),
     ],
 )
-def test_a_whole_that_is_not_faster_than_dense_is_run_densely(monkeypatch, whole, ways, note):
+def test_a_whole_that_is_not_faster_than_dense_is_run_densely(stopwatch, whole, ways, note):
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
-    pretend(monkeypatch, {"kernel": 1.0, "dense": 2.0}, whole)
+    race = stopwatch.race
+    stopwatch.race = lambda names, patience: dict(whole) if "chosen" in names else race(names, patience)
     frozen = sgfx.freeze(small, IMAGES)
     assert {frozen.decisions.layers[path].way for path in ("conv1", "conv2", "down")} == ways
     assert frozen.decisions.note.startswith(note)
@@ -159,8 +153,7 @@ def test_a_whole_that_is_not_faster_than_dense_is_run_densely(monkeypatch, whole
 
 
 @needs_kernel
-def test_of_a_dense_model_there_is_no_denser_form(monkeypatch):
-    pretend(monkeypatch, {"kernel": 1.0}, {"chosen": 1.0, "library alone": 3.0})
+def test_of_a_dense_model_there_is_no_denser_form():
     frozen = sgfx.freeze(trained(Block()), IMAGES)
     assert list(frozen.decisions.milliseconds) == ["chosen", "library alone"]
 
@@ -184,3 +177,52 @@ def test_decisions_given_for_another_machine_are_not_taken_in_silence(monkeypatc
     ):
         found = sgfx.freeze(model, IMAGES, decisions=made).decisions
     assert found.machine == "another machine"
+
+
+@needs_kernel
+def test_where_whole_and_parts_disagree_the_whole_is_measured_again(stopwatch):
+    small, race, wholes = sgfx.compile(trained(Block()), groups=3, ratio=0.5), stopwatch.race, []
+
+    def disturbed_once(ways, patience):
+        if "chosen" not in ways:
+            return race(ways)
+        wholes.append(patience)
+        return {name: 5.0 if name == "chosen" and len(wholes) == 1 else 4.0 for name in ways} | (
+            {"chosen": 1.0} if len(wholes) > 1 else {}
+        )
+
+    stopwatch.race = disturbed_once
+    found = sgfx.freeze(small, IMAGES).decisions
+    assert wholes == [1.0, 4]  # with more patience
+    assert found.layers["conv2"].way == "kernel"
+    assert found.milliseconds == {"chosen": 1.0, "dense": 4.0, "library alone": 4.0}
+    assert not found.note
+
+
+@needs_kernel
+def test_on_a_busy_machine_the_parts_decide_and_nothing_is_kept(stopwatch, tmp_path):
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    stopwatch.ms |= {"chosen": 9.0, "library alone": 1.0}
+    stopwatch.noisy = True
+    found = sgfx.freeze(small, IMAGES).decisions
+    assert found.layers["conv2"].way == "kernel"
+    assert found.note.startswith("the machine was busy: threads waited for a core")
+    assert decisions_of(small) is None
+    sgfx.save(small, tmp_path / "small.safetensors")
+    assert decisions_of(sgfx.load(tmp_path / "small.safetensors", into=Block())) is None
+    stopwatch.noisy = False
+    stopwatch.races.clear()
+    found = sgfx.freeze(small, IMAGES).decisions
+    assert stopwatch.races
+    assert found.layers["conv2"].way == "library"  # as the whole says
+    assert decisions_of(small) is found
+
+
+@pytest.mark.usefixtures("real_stopwatch")
+def test_measured_in_earnest():
+    small = sgfx.compile(trained(Block()), groups=3, ratio=0.5)
+    frozen = sgfx.freeze(small, IMAGES)
+    made = frozen.decisions
+    assert error(frozen, small, IMAGES) < 1e-5
+    assert all(ms > 0 for ms in (*made.layers["conv2"].milliseconds.values(), *made.milliseconds.values()))
+    assert (decisions_of(small) is made) == ("the machine was busy" not in made.note)

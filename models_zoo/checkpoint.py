@@ -58,9 +58,9 @@ def _read(file: Path) -> Any:
         )
     try:
         if file.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            return load_file(file, device="cpu")
+            return load(file.read_bytes())  # not mapped: a file that is truncated meanwhile would end the process
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how the file was pickled: where it matters, an error follows
             return torch.load(file, weights_only=True, map_location="cpu")

@@ -7,6 +7,7 @@ a file that computes something else is not written. ONNX files are run in ONNX R
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,7 +184,9 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedP
 
 
 def _write_pt2(program: ExportedProgram, file: Path) -> Run:
-    torch.export.save(program, file)
+    content = io.BytesIO()  # on a full disk torch's own writer of files ends the process
+    torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())
     module = torch.export.load(file).module()
     return lambda inputs: _outputs(module, inputs)
 

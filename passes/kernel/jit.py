@@ -6,6 +6,7 @@ gives it. Rows of a picture are short, so they are copied and cleared four numbe
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -31,11 +32,15 @@ def jit(function: Any) -> Any:
 def entry(function: Any) -> Any:
     """Compile a function of the first `Call` of an array, or load it from the kernel's own cache."""
     place, before = cache.directory(), numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(place or "")
-    try:
-        return numba.cfunc(types.void(_RECORD), cache=place is not None, error_model="numpy")(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    signature = types.void(_RECORD)
+    if place is not None:
+        numba.config.CACHE_DIR = str(place)
+        try:
+            with suppress(Exception):  # numba stops at a full disk and at files that it can't read
+                return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+        finally:
+            numba.config.CACHE_DIR = before
+    return numba.cfunc(signature, error_model="numpy")(function)
 
 
 @intrinsic

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from passes import kernel
 from passes.errors import InputError
-from passes.kernel import Margins, PackedLinear, Placement, cache, pack_layer, tilings
+from passes.kernel import Margins, PackedLinear, Placement, pack_layer, tilings
 from passes.kernel.target import Target, supported
 
 pytestmark = pytest.mark.skipif(supported() is not None, reason=str(supported()))
@@ -156,17 +156,6 @@ def test_refusals(conv: nn.Conv2d) -> None:
         packed.double()(torch.zeros(1, 12, 9, 9))
     with pytest.raises(InputError, match="'gelu' is not one the kernel can fuse"):
         pack_layer(conv, activation="gelu")
-
-
-def test_the_cache_is_keyed_by_version_and_source() -> None:
-    place = cache.directory()
-    assert place is not None
-    assert place.name == f"sgfx-kernel-{cache.source_key()}"
-    cache.store("probe", b"content")
-    assert cache.load("probe") == b"content"
-    (place / "probe").write_bytes((place / "probe").read_bytes()[:-1])
-    assert cache.load("probe") is None  # damaged: compiled again, never run
-    (place / "probe").unlink()
 
 
 def test_registers_are_divided_among_filters_and_pixels() -> None:

@@ -1,5 +1,7 @@
 """Shapes: the value of every node of a graph as a fake tensor, under ``meta["val"]``; nothing is computed.
 
+What each node writes to in place is noted with it (see `passes.mutation`).
+
 Where no example inputs are known, some are guessed that fit the graph: a batch of 2 with the channels or features that
 the first layer behind an argument reads, of one of the usual sizes.
 """
@@ -20,6 +22,7 @@ from passes.as_torch_made_it import is_as_torch_made_it
 from passes.cut import channel_counts
 from passes.errors import InputError
 from passes.layers.grouped import Grouped
+from passes.mutation import WriteWatch, forget_written, note_written, storages
 from passes.norms import is_norm
 from passes.random_state import preserved_random_state
 from passes.values import leaves, mapped
@@ -58,6 +61,7 @@ def forget_shapes(graph: fx.GraphModule) -> None:
     """Remove the values of all nodes."""
     for node in graph.graph.nodes:
         node.meta.pop("val", None)
+        forget_written(node)
 
 
 def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> bool:
@@ -134,7 +138,8 @@ class _ShapePropagation(Interpreter):
         if len(fakes) > len(expected):
             raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
         self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for _, x in leaves(inputs)]
-        with mode, torch.no_grad():
+        self._watch, self._known = WriteWatch(), set[int]()
+        with mode, torch.no_grad(), self._watch:
             self.run(*fakes)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,6 +155,8 @@ class _ShapePropagation(Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node, and say where it was when shapes do not fit."""
+        self._watch.seen.clear()
+        before = storages([node.meta["val"] for node in n.all_input_nodes])
         try:
             value = super().run_node(n)
         except Exception as error:
@@ -157,6 +164,9 @@ class _ShapePropagation(Interpreter):
             given = ", ".join(map(str, self._shapes))
             raise InputError(f"example_inputs of shape {given} do not fit the model {where}: {error}") from error
         n.meta["val"] = value
+        replaced = before ^ storages([node.meta["val"] for node in n.all_input_nodes])  # by ``x.data = y``
+        note_written(n, self._watch.seen & self._known | replaced)
+        self._known |= storages(value)
         return value
 
 

@@ -23,6 +23,7 @@ from passes.examples import Arguments, shapes_of
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
+from passes.shapes import find_shapes
 from passes.values import tensors_in
 
 Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph
@@ -61,6 +62,7 @@ class Walk:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
         self.batches = batches
+        find_shapes(dense, batches[0][0])  # which shows what works in place
         self._held: list[Held | None] = [None] * len(batches)
         self._limit = limit
 

@@ -22,7 +22,7 @@ from passes.cut import works_on_filters
 from passes.facts import Region
 from passes.freezing.fused import FusedNorm, Recipe
 from passes.layers.grouped import GROUPED, Grouped
-from passes.mutation import is_unchanged
+from passes.mutation import is_held_elsewhere, is_unchanged
 from passes.norms import is_affine
 from passes.operations import activation_of, is_sum, module_of, passes_on
 
@@ -111,7 +111,9 @@ def _fuse_sums(place: _Place) -> None:
         return
     summands = [each for each in node.args if isinstance(each, fx.Node)]
     same = len(summands) == 2 and summands[0] is not summands[1] and _shape(summands[0]) == _shape(summands[1]) != ()
-    if not same or (_in_place(node) and len(summands[0].users) > 1) or _follows(summands[0]) != _follows(summands[1]):
+    if not same or _follows(summands[0]) != _follows(summands[1]):
+        return
+    if node.target in (operator.iadd, "add_") and is_held_elsewhere(summands[0], node):
         return
     order = list(place.graph.graph.nodes)
     fit = [each for each in summands if _takes_sum(place, each)]
@@ -149,10 +151,6 @@ def _layer(place: _Place, node: fx.Node) -> nn.Module | None:
 def _shape(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _in_place(node: fx.Node) -> bool:
-    return node.target in (operator.iadd, "add_")
 
 
 def _make_norms(place: _Place) -> None:

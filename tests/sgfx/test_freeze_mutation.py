@@ -104,9 +104,155 @@ class BothRead(nn.Module):
         return self.last(torch.cat([joined, torch.tanh(left), torch.tanh(right)], 1))
 
 
+class SumInAView(Parts):
+    """The sum works in place on a view of what is read later."""
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        y = x[:]
+        y += self.one(x)
+        return self.three(x) + y
+
+
 MODELS = [
     ShortcutBeforeActivation, NormBeforeChange, GrowingPartChanged, AnotherName, Position, TwoReaders, BothRead,
+    SumInAView,
 ]  # fmt: skip
+
+
+def halved(x):
+    """Works in place, which its name does not say."""
+    x.data.mul_(0.5)
+
+
+def halved_in_lists(x):
+    torch._foreach_mul_([x.detach()], 0.5)
+
+
+def normed(x, mean, var):
+    """A norm in train mode, which writes to its statistics."""
+    return F.batch_norm(x, mean, var, training=True, momentum=0.5)
+
+
+def assigned(x):
+    x[:, 0] = 0.5
+
+
+def replaced(x):
+    x.data = torch.tanh(x)
+
+
+torch.fx.wrap("halved")
+torch.fx.wrap("halved_in_lists")
+torch.fx.wrap("normed")
+torch.fx.wrap("assigned")
+torch.fx.wrap("replaced")
+
+
+class Halving(nn.ReLU):
+    """A leaf that works in place and has no `inplace`."""
+
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
+def halving():
+    module = nn.Identity()
+    module.forward = lambda x: x.mul_(0.5)
+    return module
+
+
+@torch.library.custom_op("sgfx_tests::halve", mutates_args=("x",))
+def halve(x: torch.Tensor) -> None:
+    x.mul_(0.5)
+
+
+@halve.register_fake
+def _(x):
+    return None
+
+
+CHANGES = {
+    "user's function": lambda self, x: halved(x),
+    "user's function over lists": lambda self, x: halved_in_lists(x),
+    "memory replaced": lambda self, x: replaced(x),
+    "custom operation": lambda self, x: torch.ops.sgfx_tests.halve(x),
+    "foreach": lambda self, x: torch._foreach_mul_([x], 0.5),
+    "out": lambda self, x: torch.mul(x, 0.5, out=x),
+    "data": lambda self, x: x.data.mul_(0.5),
+    "view": lambda self, x: x[:, 2:].flatten(2).detach().mul_(0.5),
+    "assignment": lambda self, x: assigned(x),
+    "patched module": lambda self, x: self.halving(x),
+}
+
+
+class Changed(Parts):
+    """Layers whose turn comes before a change of their input, and which are summed or read after it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.halving = change, halving()
+
+    def forward(self, x):
+        x = self.stem(x)
+        shortcut, y = self.one(x), F.relu(self.norm(x))
+        self.change(self, x)
+        z = self.one(y) + self.three(x)
+        return z + shortcut + torch.tanh(x)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_a_tensor_is_seen_whatever_it_is_called(name, strategy):
+    torch.manual_seed(1)
+    model = trained(Changed(CHANGES[name]))
+    small = sgfx.compile(model, groups=3, ratio=0.5, example_inputs=IMAGES, calibration=torch.randn(20, 3, 8, 9))
+    for each in (model, small):
+        frozen = sgfx.freeze(each, IMAGES, strategy=strategy)
+        assert error(frozen, each, torch.randn(2, 3, 8, 9)) < 1e-5
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_elimination_knows_what_changes_a_tensor(name):
+    torch.manual_seed(1)
+    model = trained(Changed(CHANGES[name])).double()
+    options = {"groups": 3, "ratio": 0.9, "example_inputs": IMAGES.double()}
+    whole, fewer = sgfx.compile(model, **options), sgfx.compile(model, eliminate=True, **options)
+    assert error(fewer, whole, torch.randn(2, 3, 8, 9).double()) < 1e-12
+
+
+def written(model, *inputs):
+    graph = trace(model, inputs).graphs["eval"]
+    return [node.name for node in graph.graph.nodes if works_in_place(graph, node)]
+
+
+def test_what_is_written_to_is_noted_with_shapes():
+    x = torch.zeros(2, 3, 4, 4)
+    assert written(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout()).train(), x) == []
+    assert written(nn.Sequential(nn.ReLU(inplace=True), nn.Hardswish(inplace=True)), x) == ["_0", "_1"]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("var", torch.ones(3))
+
+        def forward(self, x):
+            y = normed(x, self.mean, self.var)
+            y.clamp_(0, 1)
+            return F.batch_norm(y, self.mean, self.var) + torch.relu(x)
+
+    assert written(Net(), x) == ["normed", "clamp_"]
+
+
+def test_without_shapes_a_users_own_may_change_what_it_reads():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    known = [graph.call_function(torch.sigmoid, (x,)), graph.call_function(operator.getitem, (x, 0)), x]
+    foreign = [graph.call_function(halved, (x,)), graph.call_module("own", (x,)), graph.call_module("patched", (x,))]
+    module = fx.GraphModule({"own": Halving(), "patched": halving()}, graph)
+    assert all(works_in_place(module, node) for node in foreign)
+    assert not any(works_in_place(module, node) for node in known)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

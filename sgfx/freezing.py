@@ -12,11 +12,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import copy_inputs
 from passes.errors import InputError
-from passes.freezing.assemble import Part, assembled, fused_parts, without_unread_filters
+from passes.freezing.assemble import Part, fused_parts, without_unread_filters
 from passes.freezing.checking import check
-from passes.freezing.choosing import checked_strategy, chosen_layers, layer_sizes
+from passes.freezing.choosing import checked_strategy, chosen_layers, layer_works
 from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
-from passes.freezing.forms import Form, fastest_form
+from passes.freezing.forms import fastest_form, form_as_told
 from passes.freezing.hooks import check_hooks
 from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import preserved_random_state
@@ -77,13 +77,11 @@ def freeze(
         if strategy is None and given is None:
             form = fastest_form(small, parts, inputs, stopwatch)
         else:
-            form = Form(
-                *assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch), {}, ""
-            )
+            form = form_as_told(small, parts, strategy, given, stopwatch)
         if decisions is not None and given is not None:
             _check_names(given, form.layers)
         doubt = check(form.model, model, form.layers, inputs)
-    notes = (note, form.note, stopwatch.complaint(), doubt)
+    notes = dict.fromkeys((note, *form.note.split("; "), stopwatch.complaint(), doubt))
     made = Decisions(machine(), form.layers, form.milliseconds, "; ".join(filter(None, notes)))
     if strategy is None and given is None and not stopwatch.is_noisy:
         attach_decisions(model, made)
@@ -141,10 +139,9 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _fits(given: Decisions, parts: Sequence[Part]) -> bool:
-    """Whether decisions that came with the model were made for these layers, as they are now, at these sizes."""
-    sizes = {path: size for part in parts for path, size in layer_sizes(part.graph).items()}
-    known = {path: (layer.macs, layer.shape) for path, layer in given.layers.items()}
-    return all(known.get(path) == size for path, size in sizes.items())
+    """Whether decisions that came with the model were made for its layers as they are now, and for such inputs."""
+    works = {path: work for part in parts for path, work in layer_works(part.graph).items()}
+    return all(path in given.layers and given.layers[path].is_alike(work) for path, work in works.items())
 
 
 def _check_names(given: Decisions, layers: Mapping[str, LayerDecision]) -> None:

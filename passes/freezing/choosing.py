@@ -76,15 +76,23 @@ def _is_pool(module: nn.Module) -> bool:
     return known and not getattr(module, "return_indices", False)
 
 
-def layer_sizes(graph: fx.GraphModule) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Multiply-adds and input shape of each layer that `choose` would decide about, for the shapes of the graph."""
-    sizes: dict[str, tuple[int, tuple[int, ...]]] = {}
+def layer_works(graph: fx.GraphModule) -> dict[str, LayerDecision]:
+    """What each layer that `choose` would decide about has to do, for the shapes of the graph; left to the library."""
+    works: dict[str, LayerDecision] = {}
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Recipe):
-            shape = node.all_input_nodes[0].meta["val"].shape
-            sizes[call_name(module.path, sizes)] = _macs(module, shape), tuple(shape)
-    return sizes
+            x = node.all_input_nodes[0].meta["val"]
+            works[call_name(module.path, works)] = _work(x, _macs(module, x.shape))
+        elif module is not None and _is_pool(module):
+            works[call_name(str(node.target), works)] = _work(node.all_input_nodes[0].meta["val"])
+    return works
+
+
+def _work(x: Tensor, macs: int = 0) -> LayerDecision:
+    """The decision to leave to the library what reads `x`."""
+    numbers = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    return LayerDecision("library", macs=macs, shape=tuple(x.shape), numbers=numbers)
 
 
 def chosen_layers(model: nn.Module) -> dict[str, Any]:
@@ -110,13 +118,14 @@ def chosen_macs(chosen: Any, output: Tensor) -> int:
 def _choose_pool(
     pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None, stopwatch: Stopwatch
 ) -> tuple[nn.Module, LayerDecision]:
+    work = _work(inputs[0])
     candidates: dict[str, Callable[[], nn.Module]] = {"library": partial(_itself, pool)}
     if inputs[0].dim() == 4:
         candidates["channels_last"] = partial(LastPool, pool)
-    if given is None or given.way not in candidates:
-        times = _measured(candidates, inputs, stopwatch)
-        given = LayerDecision.of(fastest(times), times)
-    return candidates[given.way](), given
+    if given is not None and given.way in candidates:
+        return candidates[given.way](), _as_told(given.way, given, work)
+    times = _measured(candidates, inputs, stopwatch)
+    return candidates[best := fastest(times)](), LayerDecision.of(best, times, work)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -159,31 +168,39 @@ def _choose_one(
     given: LayerDecision | None,
     stopwatch: Stopwatch,
 ) -> tuple[Any, LayerDecision]:
-    sizes: dict[str, Any] = {"macs": _macs(recipe, inputs[0].shape), "shape": tuple(inputs[0].shape)}
+    work = _work(inputs[0], _macs(recipe, inputs[0].shape))
     if strategy == "library" and given is None:
-        return LibraryLayer(recipe), LayerDecision("library", **sizes)
+        return LibraryLayer(recipe), work
     candidates = _candidates(recipe, inputs)
     if given is not None:
-        measured = given.milliseconds if (given.macs, given.shape) == tuple(sizes.values()) else {}
-        return _as_given(candidates, given), replace(given, milliseconds=measured, **sizes)
+        return _as_given(candidates, given, work)
     kernels = [name for name in candidates if name.startswith("kernel")]
     if (not kernels and strategy == "kernel") or len(candidates) == 1:
-        return candidates["library"](), LayerDecision("library", **sizes)
+        return candidates["library"](), work
     if strategy == "kernel":
         candidates = {name: candidates[name] for name in kernels}
     times = _measured(candidates, inputs, stopwatch)
-    return candidates[best := fastest(times)](), LayerDecision.of(best, times, **sizes)
+    return candidates[best := fastest(times)](), LayerDecision.of(best, times, work)
 
 
-def _as_given(candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision) -> nn.Module:
-    """The form that a decision names, with its tiling even if that would not be tried here."""
-    way = next((name for name in candidates if name.split()[0] == given.way), "library")
-    chosen: Any = candidates[way]()
-    if given.tiling and way != "library":
+def _as_given(
+    candidates: Mapping[str, Callable[[], nn.Module]], given: LayerDecision, work: LayerDecision
+) -> tuple[Any, LayerDecision]:
+    """The form that a decision names, with its tiling even if that would not be tried here; else the library's."""
+    name = next((name for name in candidates if name.split()[0] == given.way), None)
+    if name is None:
+        return candidates["library"](), work
+    chosen: Any = candidates[name]()
+    if given.tiling:
         from passes.kernel import Tiling
 
         chosen.form = replace(chosen.form, tiling=Tiling(*given.tiling))
-    return chosen  # type: ignore[no-any-return]
+    return chosen, _as_told(given.name, given, work)
+
+
+def _as_told(name: str, given: LayerDecision, work: LayerDecision) -> LayerDecision:
+    """What was given, of the work that there is; times of other work are none of it."""
+    return LayerDecision.of(name, given.milliseconds if given.is_alike(work) else {}, work)
 
 
 def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], nn.Module]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ class LayerDecision:
             kernel with the dense weight of a regrouped layer.
         tiling: of the kernel: vectors of a strip, tasks per thread; empty for the library.
         milliseconds: what each candidate took, by its name; empty if nothing was measured.
-        macs: multiply-adds for the example inputs.
+        macs: multiply-adds for the example inputs; 0 of a pooling.
         shape: of the input, for the example inputs.
+        numbers: what the input holds, such as ``"float32 on cpu"``.
     """
 
     way: str
@@ -37,14 +38,13 @@ class LayerDecision:
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     macs: int = 0
     shape: tuple[int, ...] = ()
+    numbers: str = ""
 
     @classmethod
-    def of(
-        cls, name: str, milliseconds: Mapping[str, float], macs: int = 0, shape: tuple[int, ...] = ()
-    ) -> LayerDecision:
-        """The decision for the candidate with this name."""
+    def of(cls, name: str, milliseconds: Mapping[str, float], like: LayerDecision) -> LayerDecision:
+        """The decision for the candidate with this name, of the same layer as another one."""
         way, *tiling = name.split()
-        return cls(way, tuple(map(int, tiling)), milliseconds, macs, shape)
+        return replace(like, way=way, tiling=tuple(map(int, tiling)), milliseconds=milliseconds)
 
     @property
     def name(self) -> str:
@@ -62,12 +62,16 @@ class LayerDecision:
         library = ("library", "channels_last")
         return min((ms for name, ms in self.milliseconds.items() if name in library), default=None)
 
+    def is_alike(self, other: LayerDecision) -> bool:
+        """Whether another decision is about the same work, so that times of the one are times of the other."""
+        return (self.macs, self.shape, self.numbers) == (other.macs, other.shape, other.numbers)
+
     def without_groups(self) -> LayerDecision:
         """The fastest way that was measured for a regrouped layer with its dense weight; others stay as they are."""
         if not any(name.startswith("dense") for name in self.milliseconds):
             return self
         ungrouped = {name: ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")}
-        return LayerDecision.of(fastest(ungrouped), self.milliseconds, self.macs, self.shape)
+        return LayerDecision.of(fastest(ungrouped), self.milliseconds, self)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,12 @@ class Decisions:
                 raise InputError(f"decisions have version {data['version']}, this sgfx reads version {VERSION}")
             layers = {
                 path: LayerDecision(
-                    d["way"], tuple(d["tiling"]), dict(d["milliseconds"]), int(d["macs"]), tuple(d.get("shape", ()))
+                    way=d["way"],
+                    tiling=tuple(d["tiling"]),
+                    milliseconds=dict(d["milliseconds"]),
+                    macs=int(d["macs"]),
+                    shape=tuple(d.get("shape", ())),
+                    numbers=str(d.get("numbers", "")),
                 )
                 for path, d in data["layers"].items()
             }
@@ -148,11 +157,14 @@ def _ms(value: float | None) -> str:
 
 
 def machine() -> str:
-    """What kind of machine this is: what was measured on another kind does not hold here."""
+    """What kind of machine this is, and whether it lacks the kernel; what was measured elsewhere does not hold here."""
+    from passes.kernel import supported
+
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    kernel = "" if supported() is None else ", without the kernel"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{kernel}"
 
 
 def attach_decisions(model: nn.Module, decisions: Decisions | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from passes.freezing.assemble import Part, assembled
-from passes.freezing.decisions import LayerDecision
+from passes.freezing.decisions import Decisions, LayerDecision
 from passes.freezing.stopwatch import Stopwatch, fastest
 
 Layers = Mapping[str, LayerDecision]
@@ -72,3 +72,13 @@ def fastest_form(small: nn.Module, parts: Sequence[Part], inputs: tuple[object, 
             times = {name: min(ms, again[name]) for name, ms in times.items()}
     best = fastest(summed if stopwatch.is_noisy else times)
     return Form(models[best], ways[best], {name: times[name] for name in reversed(times)}, NOTES[best])
+
+
+def form_as_told(
+    small: nn.Module, parts: Sequence[Part], strategy: str | None, given: Decisions | None, stopwatch: Stopwatch
+) -> Form:
+    """The form of a strategy or of decisions, with the times and the note of these if all of them hold."""
+    model, layers = assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch)
+    if given is not None and layers == given.layers:
+        return Form(model, layers, given.milliseconds, given.note)
+    return Form(model, layers, {}, "")

@@ -161,14 +161,3 @@ def test_pictures_without_a_batch_and_pools_with_indices():
     model = Net().eval()
     for images in (IMAGES, IMAGES[0]):
         assert error(sgfx.freeze(model, images), model, images) < 1e-5
-
-
-def test_a_machine_without_the_kernel_is_told(monkeypatch):
-    monkeypatch.setattr("passes.kernel.supported", lambda: "numba can't be imported (no)")
-    model = trained(Block())
-    with pytest.warns(UserWarning, match=r"freeze uses the library alone: the kernel can't run here: numba"):
-        frozen = sgfx.freeze(model, IMAGES)
-    assert "numba can't be imported" in frozen.decisions.note
-    assert not any(isinstance(module, PackedConv2d) for module in frozen.modules())
-    with pytest.raises(InputError, match="strategy='kernel' asks for the kernel, which can't run here: numba"):
-        sgfx.freeze(model, IMAGES, strategy="kernel")

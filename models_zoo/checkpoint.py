@@ -6,6 +6,9 @@ needs more than that is refused. Names, shapes and values are all checked before
 
 from __future__ import annotations
 
+import argparse
+import copy
+import io
 import os
 import re
 import warnings
@@ -20,15 +23,20 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_AVERAGES = ("model_ema", "state_dict_ema")  # read where there is nothing else
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel and averages, torch.compile, Lightning
+_COUNT = "n_averaged"  # what torch's AveragedModel keeps beside its model
+_EXTRA = "_extra_state"  # torch's name for what modules keep beside tensors; they know themselves what fits
 _UNTRACKED = "num_batches_tracked"  # checkpoints older than PyTorch 0.4.1 lack it, and inference does not use it
 
 
 def load_checkpoint(model: M, path: str | os.PathLike[str]) -> M:
     """Load the weights in the file at `path` into `model`, in place; after an error the model is as it was.
 
-    The file holds a state dict, or a dict with one under ``state_dict``, ``model_state_dict`` or ``model``, written by
-    ``torch.save``; or it is a ``.safetensors`` file. A ``module.`` that begins every name, as ``DataParallel`` leaves
-    it, is dropped.
+    The file holds a state dict, or a dict with one under ``state_dict``, ``model_state_dict`` or ``model`` (or where
+    there is none of these an average under ``model_ema`` or ``state_dict_ema``), written by ``torch.save``; or it is a
+    ``.safetensors`` file. What begins every name is dropped: ``module.``, as ``DataParallel`` leaves it, ``_orig_mod.``
+    or ``model.``.
 
     Args:
         model: the model to change. Its weights keep their types and devices.
@@ -43,27 +51,48 @@ def load_checkpoint(model: M, path: str | os.PathLike[str]) -> M:
     """
     file = Path(path)
     own = model.state_dict()
-    state = _renamed(_state_dict(_read(file), file), own)
+    state = renamed(read_state_dict(file), own)
     _check_names(state, own, file)
     _check_shapes(state, own, file)
-    model.load_state_dict(_converted(state, own, file))
+    converted = _converted(state, own, file)
+    if any(key.endswith(_EXTRA) for key in own):
+        try:
+            copy.deepcopy(model).load_state_dict(converted)
+        except RuntimeError as error:  # a module doesn't take its extra state, where others have taken theirs
+            raise ValueError(f"{file} does not fit this model: {error}") from error
+    model.load_state_dict(converted)
     return model
 
 
-def _read(file: Path) -> Any:
-    if not file.is_file():
+def read_state_dict(file: Path, content: bytes | None = None) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint file, whatever it lies under.
+
+    Args:
+        file: the file.
+        content: all that is in it, of a file that ``torch.save`` wrote; None: the file is read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint, or would need unpickling.
+    """
+    return _state_dict(_read(file, content), file)
+
+
+def _read(file: Path, content: bytes | None) -> Any:
+    if content is None and not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"{file} {problem}; give the path of a checkpoint file, made by torch.save or safetensors"
         )
     try:
-        if file.suffix.lower() == ".safetensors":
+        if content is None and file.suffix.lower() == ".safetensors":
             from safetensors.torch import load
 
             return load(file.read_bytes())  # not mapped: a file that is truncated meanwhile would end the process
-        with warnings.catch_warnings():
+        # Beside weights there often are the options of a training script: a namespace of plain values, and no code.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about how the file was pickled: where it matters, an error follows
-            return torch.load(file, weights_only=True, map_location="cpu")
+            return torch.load(file if content is None else io.BytesIO(content), weights_only=True, map_location="cpu")
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # arbitrary bytes make the readers raise nearly anything, even an OSError
@@ -96,8 +125,11 @@ def _is_plain_pickle(file: Path) -> bool:
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in (*_WRAPPERS, *_AVERAGES) if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     found = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
         if content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
@@ -105,21 +137,30 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         found = f"a dict with the entries {_few(content)}" if content else "an empty dict"
     raise ValueError(
         f"{file} holds {found} where a state dict (names and tensors) was expected, by itself or under "
-        f"{', '.join(map(repr, _WRAPPERS))}. Save one with torch.save(model.state_dict(), path)"
+        f"{', '.join(map(repr, (*_AVERAGES, *_WRAPPERS)))}. Save one with torch.save(model.state_dict(), path)"
     )
 
 
-def _renamed(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names as the model has them: without DataParallel's prefix, in today's spelling of torchvision's DenseNets."""
-    prefix = "module."
-    if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    renamed = {}
+def renamed(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Names as the model has them: without what wrappers put before them, torchvision's DenseNets in today's spelling.
+
+    Args:
+        state: the state dict of a checkpoint.
+        own: the model's names.
+    """
+    own = set(own)
+    while prefix := next((each for each in _PREFIXES if _all_begin_with(each, state) > _all_begin_with(each, own)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key != _COUNT}
+    modernised = {}
     for key, value in state.items():
         # The files that torchvision publishes for its DenseNets say `norm.1` for what its code calls `norm1`.
         modern = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
-        renamed[modern if modern in own and modern not in state else key] = value
-    return renamed
+        modernised[modern if modern in own and modern not in state else key] = value
+    return modernised
+
+
+def _all_begin_with(prefix: str, names: Iterable[str]) -> bool:
+    return all(name.startswith(prefix) for name in names if name != _COUNT)
 
 
 def _check_names(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> None:
@@ -138,7 +179,7 @@ def _check_names(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -
 
 
 def _check_shapes(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> None:
-    wrong = [key for key, value in state.items() if value.shape != own[key].shape]
+    wrong = [key for key, value in state.items() if not key.endswith(_EXTRA) and value.shape != own[key].shape]
     if wrong:
         shapes = [f"{key} is {_shape(state[key])} in the file and {_shape(own[key])} in the model" for key in wrong]
         raise ValueError(
@@ -151,6 +192,9 @@ def _converted(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> 
     """Values as the model stores them, made before it changes: a copy that fails would leave it half loaded."""
     converted = dict(own)
     for key, value in state.items():
+        if key.endswith(_EXTRA):
+            converted[key] = value
+            continue
         try:
             converted[key] = torch.empty_like(own[key], device="cpu").copy_(value)
         except RuntimeError as error:

@@ -116,8 +116,7 @@ def plan_from_record(record: Mapping[str, Any], layer: nn.Module) -> LayerPlan:
         if not isinstance(record["reason"], str):
             raise InputError("its reason is no text")
         return LayerPlan.of(layer, reason=record["reason"])
-    if type(layer) not in GROUPED or getattr(layer, "groups", 1) != 1:
-        raise InputError(f"a {type(layer).__name__} can't be regrouped")
+    check_regroupable(layer)
     reads = record["inputs"]
     if not any(reads) or not all(_is_ascending(each, inputs) for each in reads):
         raise InputError(f"the inputs of its groups are not ascending numbers below {inputs}")
@@ -128,6 +127,12 @@ def plan_from_record(record: Mapping[str, Any], layer: nn.Module) -> LayerPlan:
         row[each] = True
     labels = torch.tensor(record["labels"], dtype=torch.int64)
     return LayerPlan.of(layer, labels=labels, keep=keep, requested_ratio=float(record["requested_ratio"]))
+
+
+def check_regroupable(layer: nn.Module) -> None:
+    """Raise an InputError where a dense layer is none of those that can be regrouped."""
+    if type(layer) not in GROUPED or getattr(layer, "groups", 1) != 1:
+        raise InputError(f"a {type(layer).__name__} can't be regrouped")
 
 
 def cut_record(cut: Cut) -> Record:

@@ -1,5 +1,7 @@
 """`sgfx.save` and `sgfx.load`: compiled models in safetensors files, with their structure as JSON metadata.
 
+Plain checkpoints, which `load` opens too, are read by `sgfx.checkpoints`.
+
 A file holds tensors and plain data, never code. Its metadata has one entry, ``"sgfx"``: a JSON object with the version
 of the format, the structure of the model (`passes.structure`) and a SHA-256 sum over that structure and all tensors.
 The sum tells an altered file from a whole one; it is no signature, and says nothing of who wrote the file.
@@ -29,6 +31,7 @@ from passes.lowering import lower
 from passes.plan import plan_of, plans
 from passes.settings import check_model
 from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
+from sgfx.checkpoints import from_state_dict, is_torch_file, read_torch_file
 from sgfx.frozen import decisions_in
 from sgfx.reading import content_of
 from sgfx.writing import replacing
@@ -83,29 +86,44 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     that a forward sets itself, and those that only one of the two has. Files of format 1 know only the geometry of
     layers.
 
+    Plain checkpoints of compiled models are opened too: files of ``torch.save`` and safetensors with a state dict, by
+    itself or under ``state_dict``, ``model``, ``model_ema``, …, names with ``module.`` before them or without. Nothing
+    is unpickled. Their state dicts carry the structure, but neither hyperparameters, checksum and decisions, nor what
+    was eliminated: a model with fewer channels needs `save`. `into` has the head that was saved; replace it afterwards.
+
     Args:
         path: the file.
         into: a dense model of the class and options that the saved one had before it was compiled.
 
     Raises:
-        InputError: the file is damaged, altered, not of sgfx or of a newer one, or `into` is another model; says where.
+        InputError: the file is damaged, altered, not of a compiled model or of a newer sgfx, or `into` is another
+            model; says where, and what to do.
         FileNotFoundError: there is no such file.
     """
     _check_fresh(into)
     file = Path(path)
     with torch.inference_mode(False):  # or what is made here could never be trained
-        structure, tensors = _read(file)
-        try:
-            small = _rebuilt(into, structure, tensors)
-            decisions = Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
-        except InputError as error:
-            raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, yet it makes no sense
-            kind = type(error).__name__
-            raise InputError(f"{file} is malformed ({kind}: {error}); it was not written by sgfx") from error
+        content = content_of(file)
+        structure, tensors = (None, read_torch_file(file, content)) if is_torch_file(content) else _read(file, content)
+        if structure is None:
+            small, decisions = from_state_dict(into, tensors, file), None
+        else:
+            small, decisions = _rebuilt_whole(file, into, structure, tensors)
     adopt(into, small)
     attach_decisions(into, decisions)
     return into
+
+
+def _rebuilt_whole(file: Path, into: M, structure: Record, tensors: dict[str, Tensor]) -> tuple[M, Decisions | None]:
+    """A copy of `into` with all that a file of `save` holds, and `freeze`'s decisions, after every check."""
+    try:
+        small = _rebuilt(into, structure, tensors)
+        return small, Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
+    except InputError as error:
+        raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, yet it makes no sense
+        kind = type(error).__name__
+        raise InputError(f"{file} is malformed ({kind}: {error}); it was not written by sgfx") from error
 
 
 def _check_savable(small: nn.Module) -> None:
@@ -165,11 +183,10 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _read(file: Path) -> tuple[Record, dict[str, Tensor]]:
-    """Read and check a file for itself: its structure and tensors, in memory that nothing else has."""
+def _read(file: Path, content: bytes) -> tuple[Record | None, dict[str, Tensor]]:
+    """Check a safetensors file for itself: its structure, if `save` wrote it, and its tensors."""
     from safetensors.torch import load as tensors_in
 
-    content = content_of(file)
     try:
         tensors = tensors_in(content)  # checks the header too
         length = int.from_bytes(content[:8], "little")
@@ -180,19 +197,16 @@ def _read(file: Path) -> tuple[Record, dict[str, Tensor]]:
         raise InputError(
             f"{file} is truncated, damaged or no safetensors file ({error}); copy it again, or save it anew"
         ) from error
-    structure = _structure(file, metadata.get(_KEY))
+    if _KEY not in metadata:
+        return None, tensors
+    structure = _structure(file, metadata[_KEY])
     given = structure.pop("checksum", None)
     if given != _checksum(structure, tensors):
         raise InputError(f"{file} was altered after sgfx.save wrote it: its checksum differs; copy it again")
     return structure, tensors
 
 
-def _structure(file: Path, text: str | None) -> Record:
-    if text is None:
-        raise InputError(
-            f"{file} is a safetensors file, but not one that sgfx.save wrote. Load plain weights with "
-            "models_zoo.load_checkpoint"
-        )
+def _structure(file: Path, text: str) -> Record:
     try:
         structure = json.loads(text)
         version = structure.pop("format")

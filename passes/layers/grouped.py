@@ -41,8 +41,8 @@ class Grouped(Structured):
     _rows: Tensor
     _places: Tensor
     _spatial_dims: int  # dimensions behind the channels
-    _former_buffers = ("filters", "inputs", "block_sizes")
-    TABLES = (*_former_buffers, "_rows", "_places")
+    FORMER_BUFFERS = ("filters", "inputs", "block_sizes")
+    TABLES = (*FORMER_BUFFERS, "_rows", "_places")
 
     @classmethod
     def from_dense(cls: type[L], layer: Any, plan: LayerPlan) -> L:
@@ -132,15 +132,8 @@ class Grouped(Structured):
         return kind, inputs, filters, tuple(kernel)
 
     def _former_structure(self, buffers: dict[str, Tensor]) -> LayerPlan:
-        filters, inputs, sizes = (buffers[name] for name in self._former_buffers)
-        groups = torch.arange(len(sizes), device="cpu")
-        labels = torch.full((self._dense_shape[0],), -1, device="cpu")
-        labels[filters] = torch.repeat_interleave(groups, sizes[:, 0])
-        keep = torch.zeros(len(sizes), self._dense_shape[1], dtype=torch.bool, device="cpu")
-        keep[torch.repeat_interleave(groups, sizes[:, 1]), inputs] = True
         plan = plan_of(self)
-        ratio = 1 - len(self.weight) / (labels.numel() * keep.shape[1]) if plan is None else plan.requested_ratio
-        return LayerPlan(*self._shape(), labels, keep, ratio)
+        return former_structure(buffers, self._shape(), None if plan is None else plan.requested_ratio)
 
     def _difference(self, other: LayerPlan) -> str | None:
         mine = self._structure
@@ -194,6 +187,32 @@ class Grouped(Structured):
         """What `print` shows of the layer."""
         filters, inputs = self._dense_shape[:2]
         return f"{inputs}, {filters}, groups={self.num_groups}, connections={len(self.weight)}, form={self.form!r}"
+
+
+def former_structure(buffers: dict[str, Tensor], shape: LayerShape, ratio: float | None = None) -> LayerPlan:
+    """The structure that earlier versions kept in the buffers ``filters``, ``inputs`` and ``block_sizes``.
+
+    Args:
+        buffers: these, by name.
+        shape: of the dense layer.
+        ratio: the requested one; None: what is pruned.
+
+    Raises:
+        InputError: they are not the structure of such a layer.
+    """
+    try:
+        filters, inputs, sizes = (buffers[name].cpu() for name in Grouped.FORMER_BUFFERS)
+        if sizes.sum(0).tolist() != [len(filters), len(inputs)] or len(filters) != shape[2]:
+            raise ValueError("the sizes of its blocks are others")
+        groups = torch.arange(len(sizes), device="cpu")
+        labels = torch.full((shape[2],), -1, device="cpu")
+        labels[filters] = torch.repeat_interleave(groups, sizes[:, 0])
+        keep = torch.zeros(len(sizes), shape[1], dtype=torch.bool, device="cpu")
+        keep[torch.repeat_interleave(groups, sizes[:, 1]), inputs] = True
+        pruned = 1 - int((keep.sum(1) * sizes[:, 0]).sum()) / (shape[1] * shape[2])
+        return LayerPlan(*shape, labels, keep, pruned if ratio is None else ratio)
+    except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(f"filters, inputs and block_sizes make no structure of it: {error}") from error
 
 
 def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:

@@ -27,7 +27,7 @@ class Masked(Structured):
 
     _mask: Tensor
     TABLES = ("_mask",)
-    _former_buffers = ("mask",)
+    FORMER_BUFFERS = ("mask",)
 
     @classmethod
     def from_dense(cls: type[L], layer: nn.Module) -> L:
@@ -70,7 +70,10 @@ class Masked(Structured):
         self._mask = self._mask.copy_(plan.mask()) if "_mask" in self.__dict__ else plan.mask()
 
     def _former_structure(self, buffers: dict[str, Tensor]) -> LayerPlan:
-        return self._of_mask(buffers["mask"])
+        mask = buffers["mask"].cpu()
+        if (mask.shape, mask.dtype) != (self.weight.shape[:2], torch.bool):
+            raise InputError(f"mask is {mask.dtype} {list(mask.shape)}, no mask of it: it is damaged")
+        return self._of_mask(mask)
 
     def _nothing_masked(self) -> LayerPlan:
         return self._of_mask(torch.ones(self.weight.shape[:2], dtype=torch.bool, device="cpu"))

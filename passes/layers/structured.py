@@ -28,7 +28,7 @@ class Structured(nn.Module):
     _structure: LayerPlan  # in the numbering of the channels that the layer has
     _code: bytes
     TABLES: ClassVar[tuple[str, ...]]  # names of the tables
-    _former_buffers: ClassVar[tuple[str, ...]]  # what a state dict of an earlier version has for the extra state
+    FORMER_BUFFERS: ClassVar[tuple[str, ...]]  # what a state dict of an earlier version has for the extra state
 
     def _shape(self) -> LayerShape:
         """Kind, inputs, filters and kernel of the dense layer of as many channels."""
@@ -39,7 +39,7 @@ class Structured(nn.Module):
         self._structure, self._code = plan, encode(plan)
 
     def _former_structure(self, buffers: dict[str, Tensor]) -> LayerPlan:
-        """The structure that buffers of an earlier version stood for."""
+        """The structure that buffers of an earlier version stood for; an InputError if they are none."""
         raise NotImplementedError
 
     def _difference(self, other: LayerPlan) -> str | None:
@@ -73,10 +73,10 @@ class Structured(nn.Module):
         errors: list[str] = args[-1]
         key = prefix + _KEY
         try:
-            names = [name for name in self._former_buffers if prefix + name in state_dict]
+            names = [name for name in self.FORMER_BUFFERS if prefix + name in state_dict]
             former = {name: state_dict.pop(prefix + name) for name in names}
-            if key not in state_dict and len(former) == len(self._former_buffers):
-                state_dict[key] = as_tensor(encode(self._formerly(former)))
+            if key not in state_dict and len(former) == len(self.FORMER_BUFFERS):
+                state_dict[key] = as_tensor(encode(self._former_structure(former)))
             if key in state_dict and (problem := self._difference(decode(state_dict[key], self._shape()))) is not None:
                 raise InputError(problem)
         except InputError as error:
@@ -85,19 +85,13 @@ class Structured(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._follow_weight()
 
-    def _formerly(self, buffers: dict[str, Tensor]) -> LayerPlan:
-        try:
-            return self._former_structure({name: tensor.cpu() for name, tensor in buffers.items()})
-        except (RuntimeError, IndexError, ValueError, AttributeError) as error:
-            raise InputError(f"{next(iter(buffers))} makes no structure of it: it is damaged ({error})") from error
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled, by earlier versions too."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_structure" not in self.__dict__:
-            former = {name: self._buffers.pop(name) for name in self._former_buffers}
+            former: Any = {name: self._buffers.pop(name) for name in self.FORMER_BUFFERS}
             for name in self.TABLES:
                 self._buffers.pop(name, None)
                 self._non_persistent_buffers_set.discard(name)
-            self._set_structure(self._formerly({k: v for k, v in former.items() if v is not None}))
+            self._set_structure(self._former_structure(former))
             self._follow_weight()

@@ -381,8 +381,9 @@ def test_state_dicts_of_earlier_versions_load_and_are_checked():
     for name, value, message in (
         ("1.filters", state["1.filters"].flip(0), r"1\.filters differs"),
         ("1.inputs", state["1.inputs"].flip(0) * 0, r"1\.inputs differs"),
-        ("1.filters", state["1.filters"] + 7, r"1\.filters makes no structure of it: it is damaged"),
-        ("1.block_sizes", torch.zeros(2), r"1\.filters makes no structure of it"),
+        ("1.filters", state["1.filters"] + 7, r"1\.filters, inputs and block_sizes make no structure of it"),
+        ("1.block_sizes", torch.zeros(2), r"1\.filters, inputs and block_sizes make no structure of it"),
+        ("1.block_sizes", state["1.block_sizes"] * 10**12, r"the sizes of its blocks are others"),
     ):
         with pytest.raises(RuntimeError, match=message):
             model.load_state_dict(state | {name: value, "1.weight": state["1.weight"] + 1})
@@ -402,7 +403,7 @@ def test_masks_of_earlier_versions_load_and_are_checked():
     second.load_state_dict(as_before(second))
     with pytest.raises(RuntimeError, match=r"2\.mask differs"):
         second.load_state_dict(as_before(first))
-    with pytest.raises(RuntimeError, match=r"2\.mask makes no structure of it"):
+    with pytest.raises(RuntimeError, match=r"2\.mask is torch.bool \[3\], no mask of it: it is damaged"):
         second.load_state_dict(as_before(second) | {"2.mask": torch.zeros(3, dtype=torch.bool)})
 
 

@@ -82,8 +82,8 @@ def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "foreign"
     path.write_bytes(b"\x89PNG" + bytes(100))
     refused(path, "is truncated, damaged or no safetensors file")
-    torch.save(Net().state_dict(), path)
-    refused(path, "is truncated, damaged or no safetensors file")
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    refused(path, "is not a checkpoint, or a damaged one")
     save_file({"weight": torch.zeros(3)}, path)
     refused(path, "not one that sgfx.save wrote")
     save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})

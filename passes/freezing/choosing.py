@@ -50,24 +50,10 @@ def choose(
     Returns:
         What was decided, by layer.
     """
-    seen = _Shapes(graph)
+    choosing = _Choosing(graph, strategy, given, stopwatch)
     with torch.no_grad():
-        seen.run(*inputs)
-    decided: dict[str, LayerDecision] = {}
-    for node in graph.graph.nodes:
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, Recipe):
-            name = call_name(module.path, decided)
-            chosen, decided[name] = _choose_one(module, seen.inputs[node.name], strategy, given.get(name), stopwatch)
-            chosen.path, chosen.kept_weights = name, _weights(module)
-            if (plan := plan_of(module.layer)) is not None:
-                attach_plan(chosen, plan)
-            graph.set_submodule(str(node.target), chosen)
-        elif module is not None and _is_pool(module) and strategy != "library":
-            name = call_name(str(node.target), decided)
-            chosen, decided[name] = _choose_pool(module, seen.inputs[node.name], given.get(name), stopwatch)
-            graph.set_submodule(str(node.target), chosen)
-    return decided
+        choosing.run(*inputs)
+    return choosing.decided
 
 
 def _is_pool(module: nn.Module) -> bool:
@@ -141,18 +127,32 @@ class Running(Interpreter):
         return LibraryLayer(module)(*args) if isinstance(module, Recipe) else module(*args, **kwargs)
 
 
-class _Shapes(Running):
-    """Runs a graph once and notes what each module is called with: random values of the same shapes."""
+class _Choosing(Running):
+    """Runs a graph and chooses each layer when its input is there: no more of them is held than running takes."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, strategy: str | None, given: Mapping[str, LayerDecision], stopwatch: Stopwatch
+    ) -> None:
         super().__init__(graph)
-        self.inputs: dict[str, tuple[Tensor, ...]] = {}
+        self.decided: dict[str, LayerDecision] = {}
+        self._strategy, self._given, self._stopwatch = strategy, given, stopwatch
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_module":
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            self.inputs[n.name] = tuple(x for x in args if isinstance(x, Tensor))
-        return super().run_node(n)
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Choose how the module is run if that is to be decided, put that in its place, and call it."""
+        module, inputs = self.fetch_attr(target), tuple(x for x in args if isinstance(x, Tensor))
+        if isinstance(module, Recipe):
+            name = call_name(module.path, self.decided)
+            given = self._given.get(name)
+            chosen, self.decided[name] = _choose_one(module, inputs, self._strategy, given, self._stopwatch)
+            chosen.path, chosen.kept_weights = name, _weights(module)
+            if (plan := plan_of(module.layer)) is not None:
+                attach_plan(chosen, plan)
+            self.module.set_submodule(target, chosen)
+        elif _is_pool(module) and self._strategy != "library":
+            name = call_name(target, self.decided)
+            chosen, self.decided[name] = _choose_pool(module, inputs, self._given.get(name), self._stopwatch)
+            self.module.set_submodule(target, chosen)
+        return super().call_module(target, args, kwargs)
 
 
 def call_name(path: str, decided: Mapping[str, object]) -> str:

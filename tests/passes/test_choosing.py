@@ -1,0 +1,33 @@
+"""Choosing layers one after the other, with no more in memory than running them takes."""
+
+import gc
+
+import torch
+from torch import nn
+
+import sgfx
+from passes.freezing.stopwatch import Stopwatch
+from tests.sgfx.test_freeze import error
+
+
+def bytes_of_pictures(size):
+    """Bytes of all tensors alive of pictures of this size, each storage once."""
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-2:] == (size, size)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values())
+
+
+def test_inputs_are_held_one_at_a_time(monkeypatch):
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(3, 1, 1), nn.Sigmoid()) for _ in range(6)]
+    model, images = nn.Sequential(*layers).eval(), torch.rand(1, 4, 96, 96)
+    before, held = bytes_of_pictures(96), []
+
+    def race(self, ways, patience=1.0):
+        held.append(bytes_of_pictures(96) - before)
+        return dict.fromkeys(ways, 1.0)
+
+    monkeypatch.setattr(Stopwatch, "race", race)
+    frozen = sgfx.freeze(model, images)
+    assert len(held) == 12 + 1  # and once for the whole
+    assert max(held) <= 3 * images.nbytes  # two copies of the example, and what the layer reads
+    monkeypatch.undo()
+    assert error(frozen, model, images) < 1e-5

@@ -21,6 +21,7 @@ from passes.freezing.hooks import check_hooks
 from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
+from sgfx.progress import progress_bar
 
 
 def freeze(
@@ -29,6 +30,7 @@ def freeze(
     *,
     strategy: str | None = None,
     decisions: Decisions | Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Make the inference form of a model: the outputs of its eval mode, as fast as this machine computes them.
 
@@ -43,6 +45,7 @@ def freeze(
         strategy: None to measure; ``"library"`` or ``"kernel"`` to force one.
         decisions: those of an earlier result (or their ``to_dict()``), so that nothing is measured. They hold for the
             kind of machine and the number of threads that they were made on; elsewhere a warning says that they don't.
+        progress: show a progress bar, on a terminal.
 
     Returns:
         A ``torch.fx.GraphModule`` in eval mode, or, where a model can't be traced whole, a copy of it in which each
@@ -74,10 +77,12 @@ def freeze(
         parts = fused_parts(small, inputs)
         if decisions is None and given is not None and not _fits(given, parts):
             given = None
-        if strategy is None and given is None:
-            form = fastest_form(small, parts, inputs, stopwatch)
-        else:
-            form = form_as_told(small, parts, strategy, given, stopwatch)
+        layers = sum(len(layer_works(part.graph)) for part in parts)
+        with progress_bar("freeze", layers, "layer", shown=progress) as step:
+            if strategy is None and given is None:
+                form = fastest_form(small, parts, inputs, stopwatch, step)
+            else:
+                form = form_as_told(small, parts, strategy, given, stopwatch, step)
         if decisions is not None and given is not None:
             _check_names(given, form.layers)
         doubt = check(form.model, model, form.layers, inputs)

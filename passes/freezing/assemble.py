@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,7 @@ def assembled(
     strategy: str | None,
     given: Mapping[str, LayerDecision],
     stopwatch: Stopwatch,
+    step: Callable[[], object] = lambda: None,
 ) -> tuple[nn.Module, dict[str, LayerDecision]]:
     """Choose how the layers of every part are run, and put the parts in their places in a copy of `small`.
 
@@ -120,7 +121,7 @@ def assembled(
     """
     layers: dict[str, LayerDecision] = {}
     for part in parts:
-        layers.update(choose(part.graph, part.inputs, strategy, given, stopwatch))
+        layers.update(choose(part.graph, part.inputs, strategy, given, stopwatch, step))
         place(part.graph)
         chain(part.graph)
     if parts[0].path == "":

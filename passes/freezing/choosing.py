@@ -37,6 +37,7 @@ def choose(
     strategy: str | None,
     given: Mapping[str, LayerDecision],
     stopwatch: Stopwatch,
+    step: Callable[[], object] = lambda: None,
 ) -> dict[str, LayerDecision]:
     """Put the fastest form of each layer in the place of its recipe, in place.
 
@@ -46,11 +47,12 @@ def choose(
         strategy: None to measure; ``"library"`` or ``"kernel"`` forces one, the kernel where it can compute a layer.
         given: decisions to take as they are, by layer.
         stopwatch: measures what is not given.
+        step: called after each layer.
 
     Returns:
         What was decided, by layer.
     """
-    choosing = _Choosing(graph, strategy, given, stopwatch)
+    choosing = _Choosing(graph, strategy, given, stopwatch, step)
     with torch.no_grad():
         choosing.run(*inputs)
     return choosing.decided
@@ -131,11 +133,16 @@ class _Choosing(Running):
     """Runs a graph and chooses each layer when its input is there: no more of them is held than running takes."""
 
     def __init__(
-        self, graph: fx.GraphModule, strategy: str | None, given: Mapping[str, LayerDecision], stopwatch: Stopwatch
+        self,
+        graph: fx.GraphModule,
+        strategy: str | None,
+        given: Mapping[str, LayerDecision],
+        stopwatch: Stopwatch,
+        step: Callable[[], object],
     ) -> None:
         super().__init__(graph)
         self.decided: dict[str, LayerDecision] = {}
-        self._strategy, self._given, self._stopwatch = strategy, given, stopwatch
+        self._strategy, self._given, self._stopwatch, self._step = strategy, given, stopwatch, step
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Choose how the module is run if that is to be decided, put that in its place, and call it."""
@@ -148,10 +155,12 @@ class _Choosing(Running):
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
             self.module.set_submodule(target, chosen)
+            self._step()
         elif _is_pool(module) and self._strategy != "library":
             name = call_name(target, self.decided)
             chosen, self.decided[name] = _choose_pool(module, inputs, self._given.get(name), self._stopwatch)
             self.module.set_submodule(target, chosen)
+            self._step()
         return super().call_module(target, args, kwargs)
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -44,7 +44,13 @@ class Form(NamedTuple):
     note: str
 
 
-def fastest_form(small: nn.Module, parts: Sequence[Part], inputs: tuple[object, ...], stopwatch: Stopwatch) -> Form:
+def fastest_form(
+    small: nn.Module,
+    parts: Sequence[Part],
+    inputs: tuple[object, ...],
+    stopwatch: Stopwatch,
+    step: Callable[[], object] = lambda: None,
+) -> Form:
     """Choose how each layer is run, and return the fastest form of the whole.
 
     Args:
@@ -52,9 +58,10 @@ def fastest_form(small: nn.Module, parts: Sequence[Part], inputs: tuple[object, 
         parts: its fused parts.
         inputs: example inputs.
         stopwatch: measures.
+        step: called after each layer.
     """
     twins = [[part.twin() for part in parts] for _ in range(2)]
-    chosen, layers = assembled(small, parts, None, {}, stopwatch)
+    chosen, layers = assembled(small, parts, None, {}, stopwatch, step)
     ways: dict[str, Layers] = {
         "library alone": {path: replace(layer, way="library", tiling=()) for path, layer in layers.items()}
     }
@@ -75,10 +82,15 @@ def fastest_form(small: nn.Module, parts: Sequence[Part], inputs: tuple[object, 
 
 
 def form_as_told(
-    small: nn.Module, parts: Sequence[Part], strategy: str | None, given: Decisions | None, stopwatch: Stopwatch
+    small: nn.Module,
+    parts: Sequence[Part],
+    strategy: str | None,
+    given: Decisions | None,
+    stopwatch: Stopwatch,
+    step: Callable[[], object] = lambda: None,
 ) -> Form:
     """The form of a strategy or of decisions, with the times and the note of these if all of them hold."""
-    model, layers = assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch)
+    model, layers = assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch, step)
     if given is not None and layers == given.layers:
         return Form(model, layers, given.milliseconds, given.note)
     return Form(model, layers, {}, "")

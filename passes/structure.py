@@ -117,16 +117,30 @@ def plan_from_record(record: Mapping[str, Any], layer: nn.Module) -> LayerPlan:
             raise InputError("its reason is no text")
         return LayerPlan.of(layer, reason=record["reason"])
     check_regroupable(layer)
-    reads = record["inputs"]
+    check_sizes(record)
+    labels, reads = record["labels"], record["inputs"]
+    if not all(type(label) is int and 0 <= label < len(reads) for label in labels):
+        raise InputError(f"its labels are not integers from 0 to {len(reads) - 1}")
     if not any(reads) or not all(_is_ascending(each, inputs) for each in reads):
         raise InputError(f"the inputs of its groups are not ascending numbers below {inputs}")
-    if not all(type(label) is int for label in record["labels"]):
-        raise InputError("its labels are not integers")
+    if not isinstance(record["requested_ratio"], int | float) or not 0 <= record["requested_ratio"] < 1:
+        raise InputError(f"its requested_ratio must be a number in [0, 1), not {record['requested_ratio']!r:.40}")
     keep = torch.zeros(len(reads), inputs, dtype=torch.bool)
     for row, each in zip(keep, reads, strict=True):
         row[each] = True
-    labels = torch.tensor(record["labels"], dtype=torch.int64)
-    return LayerPlan.of(layer, labels=labels, keep=keep, requested_ratio=float(record["requested_ratio"]))
+    ratio = float(record["requested_ratio"])
+    return LayerPlan.of(layer, labels=torch.tensor(labels), keep=keep, requested_ratio=ratio)
+
+
+def check_sizes(record: Mapping[str, Any]) -> None:
+    """Refuse a plan's record with more groups than filters, or not a label for each, before anything is made of it."""
+    if "reason" in record:
+        return
+    filters, labels, reads = record["out_channels"], record["labels"], record["inputs"]
+    if type(filters) is not int or not 0 < len(labels) == filters:
+        raise InputError(f"it has {len(labels)} labels for {filters!r:.40} filters")
+    if not 0 < len(reads) <= filters:
+        raise InputError(f"it has {len(reads)} groups of {filters} filters")
 
 
 def check_regroupable(layer: nn.Module) -> None:

@@ -1,16 +1,11 @@
-"""`sgfx.save` and `sgfx.load`: compiled models in safetensors files, with their structure as JSON metadata.
+"""`sgfx.save` and `sgfx.load`: compiled models in safetensors files (`sgfx.container`), and back into dense ones.
 
-Plain checkpoints, which `load` opens too, are read by `sgfx.checkpoints`.
-
-A file holds tensors and plain data, never code. Its metadata has one entry, ``"sgfx"``: a JSON object with the version
-of the format, the structure of the model (`passes.structure`) and a SHA-256 sum over that structure and all tensors.
-The sum tells an altered file from a whole one; it is no signature, and says nothing of who wrote the file.
+A file holds tensors and plain data, never code. Plain checkpoints, which `load` opens too, are read by
+`sgfx.checkpoints`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +27,7 @@ from passes.plan import plan_of, plans
 from passes.settings import check_model
 from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
 from sgfx.checkpoints import from_state_dict, is_torch_file, read_torch_file
+from sgfx.container import ANEW, brief, check_size, packed, unpacked
 from sgfx.frozen import decisions_in
 from sgfx.reading import content_of
 from sgfx.writing import replacing
@@ -39,9 +35,8 @@ from sgfx.writing import replacing
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
-FORMAT = 2  # grows when a file means something that earlier versions of sgfx would read wrongly
-_KEY = "sgfx"
-_ANEW = "Make a fresh dense model of the class and options that the file was saved from"
+# What comes of plain data that `save` never writes.
+_SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -65,11 +60,11 @@ def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
     if (decisions := decisions_of(small)) is not None:
         structure["decisions"] = decisions.to_dict()
     tensors = {name: _storable(name, tensor) for name, tensor in named_tensors(small).items()}
-    structure["checksum"] = _checksum(structure, tensors)
+    metadata = packed(structure, tensors)
     with replacing(path) as temporary:
         from safetensors.torch import save_file
 
-        save_file(tensors, temporary, {_KEY: _json({"format": FORMAT, **structure})})
+        save_file(tensors, temporary, metadata)
 
 
 def load(path: str | os.PathLike[str], *, into: M) -> M:
@@ -104,7 +99,11 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     file = Path(path)
     with torch.inference_mode(False):  # or what is made here could never be trained
         content = content_of(file)
-        structure, tensors = (None, read_torch_file(file, content)) if is_torch_file(content) else _read(file, content)
+        if is_torch_file(content):
+            structure, tensors = None, read_torch_file(file, content)
+        else:
+            check_size(file, content, into)
+            structure, tensors = unpacked(file, content)
         if structure is None:
             small, decisions = from_state_dict(into, tensors, file), None
         else:
@@ -120,8 +119,8 @@ def _rebuilt_whole(file: Path, into: M, structure: Record, tensors: dict[str, Te
         small = _rebuilt(into, structure, tensors)
         return small, Decisions.from_dict(structure["decisions"]) if "decisions" in structure else None
     except InputError as error:
-        raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {_ANEW}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the sum is right, yet it makes no sense
+        raise InputError(f"{file} does not fit {type(into).__name__}: {error}. {ANEW}") from error
+    except _SENSELESS as error:  # though the sum is right
         kind = type(error).__name__
         raise InputError(f"{file} is malformed ({kind}: {error}); it was not written by sgfx") from error
 
@@ -171,57 +170,6 @@ def _storable(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _checksum(structure: Record, tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256(_json(structure).encode())
-    for name, tensor in sorted(tensors.items()):
-        total.update(_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _read(file: Path, content: bytes) -> tuple[Record | None, dict[str, Tensor]]:
-    """Check a safetensors file for itself: its structure, if `save` wrote it, and its tensors."""
-    from safetensors.torch import load as tensors_in
-
-    try:
-        tensors = tensors_in(content)  # checks the header too
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except MemoryError:
-        raise
-    except Exception as error:  # arbitrary bytes make the reader raise nearly anything
-        raise InputError(
-            f"{file} is truncated, damaged or no safetensors file ({error}); copy it again, or save it anew"
-        ) from error
-    if _KEY not in metadata:
-        return None, tensors
-    structure = _structure(file, metadata[_KEY])
-    given = structure.pop("checksum", None)
-    if given != _checksum(structure, tensors):
-        raise InputError(f"{file} was altered after sgfx.save wrote it: its checksum differs; copy it again")
-    return structure, tensors
-
-
-def _structure(file: Path, text: str) -> Record:
-    try:
-        structure = json.loads(text)
-        version = structure.pop("format")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged: its structure can't be read ({error}); copy it again") from error
-    if type(version) is not int or version < 1:
-        raise InputError(f"{file} is damaged: it says that its format is {version!r}; copy it again")
-    if version > FORMAT:
-        raise InputError(
-            f"{file} was written by a newer sgfx (format {version}; this one reads formats up to {FORMAT}): "
-            "upgrade with pip install --upgrade sgfx"
-        )
-    return dict(structure)
-
-
 def _rebuilt(model: M, structure: Record, tensors: dict[str, Tensor]) -> M:
     """A copy of `model` with the structure and values of the file, after every check."""
     _check_modules(describe(model), structure)
@@ -243,7 +191,7 @@ def _made(make: Callable[[Record, nn.Module], T], path: str, record: Record, mod
 
 def _check_modules(own: Record, given: Record) -> None:
     if given["model"] != own["model"]:
-        raise InputError(f"it holds a {given['model']}")
+        raise InputError(f"it holds a {brief(given['model'])}")
     modules, theirs = own["modules"], given["modules"]
     if missing := [path for path in theirs if path not in modules]:
         raise InputError(f"the model lacks {_few(missing)}")
@@ -255,7 +203,9 @@ def _check_modules(own: Record, given: Record) -> None:
         for key in ("class", *mine):
             if key in record and not agree(record[key], mine[key]):
                 where = f"module {path!r}" if path else "the model"
-                raise InputError(f"{where} has {key} {record[key]} in the file and {mine[key]} in the model")
+                raise InputError(
+                    f"{where} has {key} {brief(record[key])} in the file and {brief(mine[key])} in the model"
+                )
     if given["ties"] != own["ties"]:
         names = sorted({*given["ties"].items()} ^ {*own["ties"].items()})
         raise InputError(f"{' and '.join(map(repr, names[0]))} are one tensor in the file or in the model, not in both")

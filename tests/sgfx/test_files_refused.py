@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sgfx
-from sgfx.files import _checksum
+from sgfx.container import checksum
 from tests.sgfx.test_files import (
+    IMAGES,
     LeakyNet,
     Net,
     Untied,
@@ -98,7 +99,7 @@ def rewrite(file, change, *, honest=True):
     change(structure, tensors)
     if honest:
         summed = {key: value for key, value in structure.items() if key not in ("format", "checksum")}
-        structure["checksum"] = _checksum(summed, tensors)
+        structure["checksum"] = checksum(summed, tensors)
     save_file(tensors, file, {"sgfx": json.dumps(structure)})
 
 
@@ -172,14 +173,25 @@ def set_in_plan(**values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_in_plan(labels=[0, 1, 2]), r"layer 'fc': labels must be int64 \[10\]"),
+        (set_in_plan(labels=[0, 1, 2]), "layer 'fc': it has 3 labels for 10 filters"),
+        (set_in_plan(labels=[]), "layer 'fc': it has 0 labels for 10 filters"),
+        (set_in_plan(inputs=[[0]] * 11), "layer 'fc': it has 11 groups of 10 filters"),
+        (set_in_plan(inputs=[]), "layer 'fc': it has 0 groups of 10 filters"),
+        (set_in_plan(labels=[3] * 10), "layer 'fc': its labels are not integers from 0 to 2"),
+        (set_in_plan(labels=[-1] * 10), "layer 'fc': its labels are not integers from 0 to 2"),
+        (set_in_plan(labels=[2**64] * 10), "layer 'fc': its labels are not integers from 0 to 2"),
+        (set_in_plan(labels=[True] * 10), "layer 'fc': its labels are not integers from 0 to 2"),
+        (set_in_plan(inputs=[[0], [1], [10**30]]), "layer 'fc': the inputs of its groups are not ascending"),
+        (set_in_plan(requested_ratio=10**400), "layer 'fc': its requested_ratio must be a number in"),
+        (set_in_plan(requested_ratio="0.5"), "layer 'fc': its requested_ratio must be a number in"),
+        (set_in_plan(requested_ratio=float("nan")), "layer 'fc': its requested_ratio must be a number in"),
         (set_in_plan(labels=[0] * 10), "layer 'fc': labels must use every group from 0 to 2"),
-        (set_in_plan(labels=[0.5, 1, 2] + [0] * 7), "layer 'fc': its labels are not integers"),
+        (set_in_plan(labels=[0.5, 1, 2] + [0] * 7), "layer 'fc': its labels are not integers from 0"),
         (set_in_plan(inputs=[[0], [1], [8]]), "layer 'fc': the inputs of its groups are not ascending numbers below 8"),
         (set_in_plan(inputs=[[0], [1], [-1]]), "layer 'fc': the inputs of its groups are not ascending"),
         (set_in_plan(inputs=[[0], [1], [2, 2]]), "layer 'fc': the inputs of its groups are not ascending"),
         (set_in_plan(inputs=[[], [], []]), "layer 'fc': the inputs of its groups are not ascending"),
-        (set_in_plan(requested_ratio=1.5), r"layer 'fc': requested_ratio must lie in \[0, 1\)"),
+        (set_in_plan(requested_ratio=1.5), r"layer 'fc': its requested_ratio must be a number in \[0, 1\)"),
         (set_in_plan(reason=3), "layer 'fc': its reason is no text"),
         (
             set_in_plan(in_channels=10**12),
@@ -205,6 +217,65 @@ def set_in_plan(**values):
 def test_forged_files_are_refused(file, change, message):
     rewrite(file, change)
     refused(file, message)
+
+
+def test_a_file_that_claims_millions_of_groups_is_refused_before_it_is_parsed(file, monkeypatch):
+    rewrite(file, lambda s, _: s["plans"]["fc"].update(inputs=[[0]] * 300_000), honest=False)
+    parsed = []
+    monkeypatch.setattr(json, "loads", lambda *given: parsed.append(given))
+    refused(
+        file, "does not fit Net: its structure has 3001.. lists and objects .* more than a model of 132 filters can"
+    )
+    assert parsed == []
+
+
+NASTY = st.sampled_from(
+    [None, True, -1, 0.5, 10**30, -(10**400), float("nan"), float("inf"), "", "x" * 1000, [], [[]], {}, {"a": 1}]
+) | st.just([[[]]] * 50)
+
+
+def test_no_nonsense_passes_or_ends_otherwise_than_in_a_refusal(file):
+    with safe_open(file, "pt") as content:
+        text = content.metadata()["sgfx"]
+    tensors, expected = load_file(file), small_net().eval()(IMAGES)
+
+    def places(value, path=()):
+        yield path
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            yield from places(item, (*path, key))
+
+    every = [path for path in places(json.loads(text)) if path and path[0] not in ("format", "checksum")]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.sampled_from(every), NASTY)
+    def check(path, value):
+        structure = json.loads(text)
+        holder = structure
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        summed = {key: value for key, value in structure.items() if key not in ("format", "checksum")}
+        structure["checksum"] = checksum(summed, tensors)
+        save_file(tensors, file, {"sgfx": json.dumps(structure)})
+        into = Net()
+        try:
+            sgfx.load(file, into=into)
+        except sgfx.InputError:
+            assert sgfx.plans(into) == {}
+        else:  # it stood where it does no harm, such as in a reason
+            assert torch.equal(into.eval()(IMAGES), expected)
+
+    check()
+
+
+def test_nesting_deeper_than_it_can_be_written_is_refused(file):
+    def nest(structure, _):
+        for _ in range(900):
+            structure["plans"] = {"x": structure["plans"]}
+
+    rewrite(file, nest)
+    refused(file, "is malformed|checksum differs|can't be read")
 
 
 @pytest.mark.parametrize(

@@ -37,32 +37,38 @@ MAX_ROWS = 1 << 15
 ROW_BYTES = 3 << 27  # of a layer's inputs, wanted outputs and offsets together, as float64
 
 
-def calibrate_region(dense: fx.GraphModule, small: fx.GraphModule, batches: Sequence[Pair]) -> dict[str, Tensor]:
+def calibrate_region(
+    dense: fx.GraphModule, small: fx.GraphModule, batches: Sequence[Pair], path: str = ""
+) -> dict[str, Tensor]:
     """Re-solve all regrouped layers of one traced part, in place in `small`.
 
     Args:
         dense: the eval graph of the dense model.
         small: the eval graph of the compressed one.
         batches: the arguments of every batch, for the dense and for the compressed graph.
+        path: of the part in the model, for messages.
 
     Returns:
-        What has changed: new values of parameters and buffers, by their names in `small`.
+        What has changed: new values of parameters and buffers, by their names in `small`. A layer that reads nothing,
+        as where a detector finds nothing, keeps its own.
 
     Raises:
-        InputError: the graphs differ, the batches do not fit, or a layer yields NaN or infinite values.
+        InputError: the graphs differ, the batches do not fit, or a layer yields NaN, infinite or far too large values.
     """
     changed: dict[str, Tensor] = {}
     with torch.no_grad():
-        walk = Walk(dense, small, batches)
+        walk = Walk(dense, small, batches, path)
         for stop in walk.stops():
             layer: Any = walk.module(stop)
             around = surroundings_at(walk, stop)
             norm: Any = None if around.norm is None else walk.module(around.norm)
             sample = sample_at(walk, stop, around)
+            if not len(sample.wanted):
+                continue
             folded = norm is not None and layer.bias is None
             weight, bias = resolve(layer, sample, intercept=folded or layer.bias is not None)
             if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-                raise InputError(f"layer {stop.target!r} reads or yields NaN or infinite values on the data")
+                raise overflow(walk.name(stop))
             changed |= _written(layer, "weight", f"{stop.target}.weight", weight)
             if layer.bias is not None:
                 changed |= _written(layer, "bias", f"{stop.target}.bias", bias)
@@ -102,7 +108,11 @@ def surroundings_at(walk: Walk, stop: fx.Node) -> Surroundings:
 
 
 def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
-    """Bring all batches before `stop`, and collect what its layer reads there and should yield."""
+    """Bring all batches before `stop`, and collect what its layer reads there and should yield.
+
+    Raises:
+        InputError: sums of squares of these numbers are NaN or infinite.
+    """
     layer: Any = walk.module(stop)
     inputs, wanted, offsets = [], [], []
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +133,19 @@ def sample_at(walk: Walk, stop: fx.Node, around: Surroundings) -> Sample:
                 offset = offset + output_rows(layer, ours, positions)
             wanted.append(goal)
             offsets.append(offset)
-    return Sample(torch.cat(inputs), torch.cat(wanted), torch.cat(offsets), own_scale, around.clipped)
+    sample = Sample(torch.cat(inputs), torch.cat(wanted), torch.cat(offsets), own_scale, around.clipped)
+    for numbers in (sample.inputs, sample.wanted, sample.offset):  # then so are those of their products, and of parts
+        if not torch.isfinite(torch.linalg.vector_norm(numbers, dtype=torch.float64)):
+            raise overflow(walk.name(stop))
+    return sample
+
+
+def overflow(name: str) -> InputError:
+    """What is said of a layer whose numbers can't be computed with."""
+    return InputError(
+        f"layer {name!r} reads or yields NaN or infinite values on the data, or ones too large to be squared: look for "
+        "examples that are not normalised as in training, and at the weights of this layer and of those before it"
+    )
 
 
 def _fits(other: object, y: Tensor) -> bool:

@@ -40,9 +40,7 @@ def checked_settings(
         TypeError: a value is of the wrong type.
     """
     check_model(model)
-    if not isinstance(ignore, Iterable | nn.Module):
-        raise TypeError(f"ignore takes names, patterns and modules, not {ignore!r}")
-    names = _named(model, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore), "ignore")
+    names = _named(model, listed(ignore, "ignore"), "ignore")
     resolved = _overrides(model, overrides or {})
     for path in resolved:
         if not is_pattern(path) and (entry := next((e for e in names if covers(e, path)), None)) is not None:
@@ -155,9 +153,18 @@ def step_ratio(value: object) -> float:
     return share
 
 
+def listed(entries: Any, option: str) -> list[Any]:
+    """The entries of an option that names modules: one by itself, or an iterable of them, which may be used up."""
+    if isinstance(entries, str | nn.Module | type):
+        return [entries]
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"{option} takes names, patterns and modules, not {entries!r}")
+    return list(entries)
+
+
 def resolved_leaves(model: nn.Module, leaf_modules: LeafModules) -> tuple[str, ...]:
     """Paths of the modules that `leaf_modules` names, by itself, by pattern, by class or as they are."""
-    entries = [leaf_modules] if isinstance(leaf_modules, str | nn.Module | type) else list(leaf_modules)
+    entries = listed(leaf_modules, "leaf_modules")
     classes = tuple(entry for entry in entries if isinstance(entry, type))
     for kind in classes:
         if not any(isinstance(module, kind) for module in model.modules()):

@@ -24,6 +24,7 @@ from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
 from passes.shapes import find_shapes
+from passes.trace import join
 from passes.values import tensors_in
 
 Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph
@@ -38,6 +39,7 @@ class Walk:
         dense: an eval graph.
         small: the eval graph of a compressed form of the same model.
         batches: the positional arguments of every batch for both graphs; asked for again where a batch starts anew.
+        path: of the traced part in the model, for messages.
         limit: bytes of values that the batches may hold at a stop.
 
     Raises:
@@ -49,6 +51,7 @@ class Walk:
         dense: fx.GraphModule,
         small: fx.GraphModule,
         batches: Sequence[Pair],
+        path: str = "",
         limit: int = LIMIT,
     ) -> None:
         """Compare the graphs, and note where each value is read last."""
@@ -63,6 +66,7 @@ class Walk:
         self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
         self.batches = batches
         find_shapes(dense, batches[0][0])  # which shows what works in place
+        self._path = path
         self._held: list[Held | None] = [None] * len(batches)
         self._limit = limit
 
@@ -106,6 +110,10 @@ class Walk:
                 found.add(node)
                 todo += node.all_input_nodes
         return sorted(found, key=self.position.__getitem__)
+
+    def name(self, node: fx.Node) -> str:
+        """The path in the model of the module that a node calls."""
+        return join(self._path, str(node.target))
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls in the compressed graph, or None if it calls none."""
@@ -172,7 +180,7 @@ class Held:
         try:
             return replay.run_node(twin)
         except Exception as error:
-            where = f"at layer {node.target!r}" if node.op == "call_module" else f"at {node.name!r}"
+            where = f"at layer {self._walk.name(node)!r}" if node.op == "call_module" else f"at {node.name!r}"
             raise InputError(f"data of shape {self._shapes} does not fit the model {where}: {error}") from error
 
 

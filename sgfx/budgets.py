@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from passes.budgeting import Curve, achieved, allocate, error_curve, settle
-from passes.calibration import sample_at, surroundings_at
+from passes.calibration import overflow, sample_at, surroundings_at
 from passes.copying import unhooked_copy
 from passes.errors import InputError
 from passes.examples import Arguments
@@ -22,7 +22,6 @@ from passes.plan import LayerPlan
 from passes.random_state import preserved_random_state
 from passes.selection import target_of
 from passes.tandem import Walk
-from passes.trace import join
 from passes.unit import Unit
 from sgfx.counting import count_macs
 
@@ -74,7 +73,7 @@ def spend(
     if unknown:
         raise InputError(
             f"budget needs every layer in a traced part of the model that runs in eval mode, and {unknown[0]!r} is in "
-            f"none ({len(unknown)} such layers): give them a ratio in overrides, or ignore them"
+            f"none, or reads nothing there ({len(unknown)} such layers): give them a ratio in overrides, or ignore them"
         )
     pruned = {
         path: achieved(unit.grouping[path], unit.targets[path].ratio) for path in unit.targets if path not in free
@@ -156,11 +155,15 @@ def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     with preserved_random_state(), torch.no_grad():
         for path, theirs, mine, pairs in walkable_regions(unit.model, whole, batches, unit.settings.leaf_modules):
-            walk = Walk(theirs, mine, pairs)
+            walk = Walk(theirs, mine, pairs, path)
             for stop in walk.stops():
-                name = join(path, str(stop.target))
+                name = walk.name(stop)
                 sample = sample_at(walk, stop, surroundings_at(walk, stop))
+                if not len(sample.wanted):
+                    continue
                 curves[name] = error_curve(walk.module(stop), sample, unit.grouping[name])
+                if not np.isfinite(curves[name]).all():
+                    raise overflow(name)
     return curves
 
 

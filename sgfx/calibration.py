@@ -93,7 +93,7 @@ def _calibrated(
     """Calibrate `work`, region by region in the order in which they run; returns what has changed."""
     changed: dict[str, Tensor] = {}
     for path, theirs, mine, pairs in walkable_regions(dense, work, batches, leaves):
-        for name, value in calibrate_region(theirs, mine, pairs).items():
+        for name, value in calibrate_region(theirs, mine, pairs, path).items():
             changed[join(path, name)] = value
             holder, _, leaf = join(path, name).rpartition(".")
             getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
@@ -109,6 +109,7 @@ def _warn_of_the_rest(small: nn.Module, changed: dict[str, Tensor]) -> None:
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(
-            f"not calibrated, since no traced part of the model calls them in eval mode: {', '.join(left[:5])}{more}",
+            "not calibrated, since they read nothing or no traced part of the model calls them in eval mode: "
+            f"{', '.join(left[:5])}{more}",
             stacklevel=4,
         )

@@ -16,7 +16,7 @@ from passes.facts import Criterion, Settings
 from passes.manager import run_passes
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
 from passes.plan import LayerPlan
-from passes.settings import LeafModules, as_inputs, check_model, checked_settings, resolved_leaves
+from passes.settings import LeafModules, as_inputs, check_model, checked_settings, listed, resolved_leaves
 from passes.unit import Unit
 from sgfx.budgets import Budget, checked_budget, spend
 from sgfx.calibration import calibrate_on
@@ -94,13 +94,14 @@ def compile(
         "criterion": criterion,
         "example_inputs": example_inputs,
         "seed": seed,
-        "leaf_modules": leaf_modules,
+        "leaf_modules": listed(leaf_modules, "leaf_modules"),  # once: an iterator gives its entries to the first reader
     }
     share = _share(ratio, budget, step, calibration)
     with torch.inference_mode(False):  # or what is made here could never be trained
+        check_model(model)
+        leaves = resolved_leaves(model, options["leaf_modules"])  # here: none of the layers has been replaced yet
         batches = None
         if calibration is not None:
-            check_model(model)
             batches = read_examples(calibration, "calibration", model)
         if step is not None:
             small = _compile_in_steps(model, step, finetune, options)
@@ -109,19 +110,18 @@ def compile(
         else:
             small = _compile_at_once(model, options, share, batches, eliminate)
         if batches is not None:
-            calibrate_on(model, small, batches, resolved_leaves(model, leaf_modules))
+            calibrate_on(model, small, batches, leaves)
         if eliminate:
-            eliminated(small, options)
+            eliminated(small, example_inputs, leaves)
     if not inplace:
         return small
     adopt(model, small)
     return model
 
 
-def eliminated(small: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """Remove, in place, what nobody reads in a lowered model, and return it. The options are those of `compile`."""
-    inputs, leaves = as_inputs(options["example_inputs"]), resolved_leaves(small, options["leaf_modules"])
-    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
+def eliminated(small: nn.Module, example_inputs: object, leaves: tuple[str, ...] = ()) -> nn.Module:
+    """Remove, in place, what nobody reads in a lowered model, and return it; `leaves` are paths of leaf modules."""
+    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=as_inputs(example_inputs), leaf_modules=leaves)))
     return small
 
 
@@ -158,7 +158,7 @@ def _compile_at_once(
 
     def made(unit: Unit) -> nn.Module:
         run_passes(PRUNING, unit)
-        return eliminated(_lowered(model, settings, unit.plans), options)
+        return eliminated(_lowered(model, settings, unit.plans), settings.example_inputs, settings.leaf_modules)
 
     return _lowered(model, settings, planned())
 

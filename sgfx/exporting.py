@@ -110,7 +110,7 @@ def export(
         batches = _batches(inputs) if dynamic_batch else [inputs]
         expected = [_outputs(model, batch) for batch in batches]
         if plans(model):  # what nobody reads is not worth a place in a file
-            eliminated(model, {"example_inputs": inputs, "leaf_modules": ()})
+            eliminated(model, inputs)
         make_exportable(model, form or DEFAULT_FORM)
         give_plain_outputs(model)
         program = _program(model, batches[0], dynamic_batch)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import sgfx
 from passes.errors import InputError
 from passes.regions import find_regions
+from passes.settings import resolved_leaves
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -164,6 +165,38 @@ def test_leaf_modules_are_not_traced_into(named):
         sgfx.compile(model, ratio=0.5, leaf_modules="iner")
     with pytest.raises(InputError, match="leaf_modules holds the class Linear, of which the model has no module"):
         sgfx.compile(model, ratio=0.5, leaf_modules=nn.Linear)
+    with pytest.raises(TypeError, match="leaf_modules takes names, patterns and modules, not 5"):
+        sgfx.compile(model, ratio=0.5, leaf_modules=5)
+
+
+class Leaf(nn.Sequential):
+    """A class to be named."""
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda model: model[1],
+        lambda model: [model[1]],
+        lambda model: Leaf,
+        lambda model: nn.Linear,  # of which the compiled model has none
+        lambda model: iter(["1", model[4]]),
+        lambda model: (module for module in model if isinstance(module, Leaf)),
+    ],
+)
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"budget": {"params": 0.6}}, {"ratio": 0.5, "step": 0.25}])
+def test_leaf_modules_by_whatever_name_reach_every_part_of_the_work(named, options):
+    """Elimination and calibration see them too, and what reached them by name gives the same model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Leaf(nn.ReLU()), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 8))
+    model[2].weight.data[:, :2] = 0
+    x = torch.randn(64, 3, 2, 2)
+    more = {"groups": 2, "eliminate": True, "calibration": x, "example_inputs": x, **options}
+    made = sgfx.compile(model, leaf_modules=named(model), **more)
+    leaves = resolved_leaves(model, named(model))
+    expected = sgfx.compile(model, leaf_modules=leaves, **more)
+    assert leaves
+    assert torch.equal(made(x), expected(x))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,10 @@ def smaller(module: nn.Module, cut: Cut) -> nn.Module:
             if index is not None:
                 setattr(new, name, len(index))
     before = cut_of(module)
-    new.__dict__[_KEY] = Cut(_composed(before.outputs, cut.outputs), _composed(before.inputs, cut.inputs))
+    remains = Cut(_composed(before.outputs, cut.outputs), _composed(before.inputs, cut.inputs))
+    new.__dict__[_KEY] = remains
+    if isinstance(new, Grouped) and (plan := plan_of(new)) is not None:
+        new.note_cut(plan, remains.outputs, remains.inputs)
     return new  # type: ignore[no-any-return]
 
 

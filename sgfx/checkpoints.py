@@ -2,8 +2,9 @@
 
 1. The extra states of a state dict say how each regrouped layer is grouped; state dicts of earlier versions say it by
    ``filters``, ``inputs`` and ``block_sizes``. Without either it is a dense model's.
-2. What a state dict does not say is refused: which channels of norms and other layers were eliminated, and what is
-   masked. Hyperparameters and the reasons of layers that were left alone are not in it.
+2. Which channels were eliminated is said of regrouped layers alone. Norms and other layers follow from these: channels
+   are eliminated anew, and where that leaves other ones, the checkpoint is refused.
+3. Hyperparameters and the reasons of layers that were left alone are not in a state dict. Masked ones are refused.
 """
 
 from __future__ import annotations
@@ -12,26 +13,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from models_zoo.checkpoint import read_state_dict, renamed
 from passes.copying import copy_model
-from passes.errors import InputError
-from passes.layers.encoding import as_tensor, decode, encode
+from passes.cut import Cut, cuts
+from passes.errors import InputError, PassError
+from passes.layers.encoding import as_tensor, decode_whole, encode
 from passes.layers.grouped import Grouped, former_structure
 from passes.layers.masked import Masked
 from passes.lowering import lower
 from passes.plan import LayerPlan, layer_shape
-from passes.structure import check_regroupable, ties
+from passes.structure import check_regroupable, cut_from_record, ties
+from sgfx.compiler import eliminated
 
 M = TypeVar("M", bound=nn.Module)
 
 _EXTRA = "_extra_state"
 _OTHER = (
     "Make a dense model of the class and options that the compiled one had, its head included (load first, and replace "
-    "the head then). Where channels were eliminated, a plain checkpoint doesn't say which: use sgfx.save"
+    "the head then)"
 )
+_SAVE = "A plain checkpoint doesn't say all of what was eliminated: use sgfx.save"
 
 
 def is_torch_file(content: bytes) -> bool:
@@ -65,7 +70,8 @@ def from_state_dict(model: M, state: Mapping[str, Tensor], file: Path) -> M:
 
 
 def _regrouped(model: M, state: Mapping[str, Tensor]) -> M:
-    made = {path: _plan(path, model, state) for path in _structured(model, state)}
+    found = {path: _structure(path, model, state) for path in _structured(model, state)}
+    made = {path: plan for path, (plan, _) in found.items()}
     if not made:
         raise InputError(
             "it is not one that sgfx.save wrote, and has no structure: it holds the weights of a dense model. Load "
@@ -74,6 +80,9 @@ def _regrouped(model: M, state: Mapping[str, Tensor]) -> M:
     left = {path: m for path, m in model.named_modules() if path not in made and isinstance(m, _ConvNd | nn.Linear)}
     small = copy_model(model)
     lower(small, made | {path: LayerPlan.of(m, reason="dense in the checkpoint") for path, m in left.items()})
+    cut = {path: cut for path, (_, cut) in found.items() if cut.outputs is not None or cut.inputs is not None}
+    if cut:
+        _eliminate(small, cut)
     state = _of_today(state, made)
     _check_names(small, state)
     try:
@@ -90,8 +99,8 @@ def _structured(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return [name.rpartition(".")[0] for name in state if name.rpartition(".")[2] in marks and name not in own]
 
 
-def _plan(path: str, model: nn.Module, state: Mapping[str, Tensor]) -> LayerPlan:
-    """The plan of the dense layer at `path`, by its structure in a state dict."""
+def _structure(path: str, model: nn.Module, state: Mapping[str, Tensor]) -> tuple[LayerPlan, Cut]:
+    """The plan of the dense layer at `path`, and what remains of its channels, by a state dict."""
     before = f"{path}." if path else ""
     try:
         layer: Any = model.get_submodule(path)
@@ -106,11 +115,31 @@ def _plan(path: str, model: nn.Module, state: Mapping[str, Tensor]) -> LayerPlan
     try:
         check_regroupable(layer)
         if before + _EXTRA in state:
-            return decode(state[before + _EXTRA], layer_shape(layer))
+            plan, (outputs, inputs) = decode_whole(state[before + _EXTRA], layer_shape(layer))
+            return plan, cut_from_record({"outputs": outputs, "inputs": inputs}, layer)
         former = {name: state[before + name] for name in Grouped.FORMER_BUFFERS if before + name in state}
-        return former_structure(former, layer_shape(layer))
+        return former_structure(former, layer_shape(layer)), Cut()
     except InputError as error:
         raise InputError(f"layer {path!r}: {error}. {_OTHER}") from error
+
+
+def _eliminate(small: nn.Module, expected: Mapping[str, Cut]) -> None:
+    """Eliminate anew, in place, and hold the result to what is known of regrouped layers."""
+    try:
+        eliminated(small, {"example_inputs": None, "leaf_modules": ()})
+    except (InputError, PassError) as error:
+        raise InputError(f"channels were eliminated, which can't be done anew: {error}. {_SAVE}") from error
+    found = {path: cut for path, cut in cuts(small).items() if isinstance(small.get_submodule(path), Grouped)}
+    for path in {**expected, **found}:
+        mine, theirs = found.get(path, Cut()), expected.get(path, Cut())
+        if not (_equal(mine.outputs, theirs.outputs) and _equal(mine.inputs, theirs.inputs)):
+            raise InputError(
+                f"other channels of layer {path!r} were eliminated than would be now, without example_inputs. {_SAVE}"
+            )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _of_today(state: Mapping[str, Tensor], made: Mapping[str, LayerPlan]) -> dict[str, Tensor]:

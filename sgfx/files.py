@@ -83,8 +83,9 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
 
     Plain checkpoints of compiled models are opened too: files of ``torch.save`` and safetensors with a state dict, by
     itself or under ``state_dict``, ``model``, ``model_ema``, …, names with ``module.`` before them or without. Nothing
-    is unpickled. Their state dicts carry the structure, but neither hyperparameters, checksum and decisions, nor what
-    was eliminated: a model with fewer channels needs `save`. `into` has the head that was saved; replace it afterwards.
+    is unpickled. State dicts carry the structure, but neither hyperparameters nor checksum and decisions. Eliminated
+    channels are eliminated anew; where others go than did (it took example inputs), `save` is needed. Whatever the
+    file, `into` has the head that was saved: for another one load first, and replace the head then.
 
     Args:
         path: the file.

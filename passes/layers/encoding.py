@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,20 +18,22 @@ from torch import Tensor
 from passes.errors import InputError
 from passes.plan import LayerPlan, LayerShape
 
+Sides: TypeAlias = tuple[Tensor | None, Tensor | None]  # of a layer: its filters and its inputs
 FORMAT = 1  # grows when a structure means something that earlier versions of sgfx would read wrongly
 
 
-def encode(plan: LayerPlan) -> bytes:
-    """The structure of a regrouped layer as bytes; `decode` is the way back."""
-    if plan.labels is None or plan.keep is None:
-        raise InputError(f"a layer that is left alone has no structure: {plan.reason}")
-    record = {
-        "format": FORMAT,
-        "inputs": plan.in_channels,
-        "labels": plan.labels.tolist(),
-        "keep": [row.tobytes().hex() for row in np.packbits(plan.keep.cpu().numpy(), axis=1)],
-        "requested_ratio": plan.requested_ratio,
-    }
+def encode(plan: LayerPlan, whole: LayerPlan | None = None, remaining: Sides = (None, None)) -> bytes:
+    """The structure of a regrouped layer as bytes; `decode` and `decode_whole` are the ways back.
+
+    Args:
+        plan: in the numbering of the channels that the layer has.
+        whole: in the dense numbering, where channels were eliminated.
+        remaining: which filters and inputs of it remain, int64, ascending; None: all.
+    """
+    record = {"format": FORMAT, **_fields(plan)}
+    if whole is not None:
+        outputs, inputs = (None if side is None else side.tolist() for side in remaining)
+        record["whole"] = {**_fields(whole), "remaining": [outputs, inputs]}
     text = np.frombuffer(json.dumps(record, separators=(",", ":")).encode(), np.uint8)
     halves = np.stack([text >> 4, text & 15], 1)
     return (16 * halves + 8).tobytes()
@@ -48,13 +50,50 @@ def decode(code: Any, shape: LayerShape) -> LayerPlan:
     Raises:
         InputError: it is no encoded structure, a newer one, or one of a layer with other channels.
     """
+    return _plan(_record(code), shape)
+
+
+def decode_whole(code: Any, shape: LayerShape) -> tuple[LayerPlan, list[Any]]:
+    """Read the structure of a dense layer of this `shape`: its plan, and what it says of the channels that remain.
+
+    Returns:
+        The plan in the dense numbering, and two entries for filters and inputs, unchecked: None means all.
+
+    Raises:
+        InputError: as `decode`.
+    """
     record = _record(code)
+    whole = record.get("whole", {**record, "remaining": [None, None]})
+    plan = _plan(whole, shape)
+    remaining = whole.get("remaining")
+    if not isinstance(remaining, list) or len(remaining) != 2:
+        raise _damaged("it doesn't say what remains")
+    return plan, remaining
+
+
+def _fields(plan: LayerPlan) -> dict[str, Any]:
+    if plan.labels is None or plan.keep is None:
+        raise InputError(f"a layer that is left alone has no structure: {plan.reason}")
+    return {
+        "inputs": plan.in_channels,
+        "labels": plan.labels.tolist(),
+        "keep": [row.tobytes().hex() for row in np.packbits(plan.keep.cpu().numpy(), axis=1)],
+        "requested_ratio": plan.requested_ratio,
+    }
+
+
+def _plan(fields: Any, shape: LayerShape) -> LayerPlan:
     kind, inputs, filters, kernel = shape
-    labels, keep = record["labels"], record["keep"]
-    if (len(labels), record["inputs"]) != (filters, inputs):
+    try:
+        labels, keep, of_inputs = fields["labels"], fields["keep"], fields["inputs"]
+        if not all(type(number) is int for number in [*labels, of_inputs]) or not 0 < len(keep) <= len(labels):
+            raise TypeError("its entries are no numbers of groups and inputs")
+    except (TypeError, KeyError) as error:
+        raise _damaged(error) from error
+    if (len(labels), of_inputs) != (filters, inputs):
         raise InputError(
-            f"_extra_state is the structure of a layer with {len(labels)} filters and {record['inputs']} inputs, not "
-            f"of one with {filters} and {inputs}"
+            f"_extra_state is the structure of a layer with {len(labels)} filters and {of_inputs} inputs, not of one "
+            f"with {filters} and {inputs}"
         )
     try:
         bits = np.frombuffer(bytes.fromhex("".join(keep)), np.uint8).reshape(len(keep), -(-inputs // 8))
@@ -62,7 +101,7 @@ def decode(code: Any, shape: LayerShape) -> LayerPlan:
             *(kind, inputs, filters, kernel),
             labels=torch.tensor(labels, dtype=torch.int64, device="cpu"),
             keep=torch.from_numpy(np.unpackbits(bits, axis=1, count=inputs).astype(bool)),
-            requested_ratio=float(record["requested_ratio"]),
+            requested_ratio=float(fields["requested_ratio"]),
         )
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(error) from error
@@ -73,23 +112,20 @@ def _record(code: Any) -> dict[str, Any]:
         numbers = torch.as_tensor(code).detach().cpu().double().numpy()
         halves = (numbers // 16).astype(np.uint8).reshape(-1, 2)
         record: dict[str, Any] = json.loads((halves[:, 0] * 16 + halves[:, 1]).tobytes())
-        version, labels, keep = record["format"], record["labels"], record["keep"]
-        if type(version) is int and version > FORMAT:
-            raise InputError(
-                f"_extra_state was written by a newer sgfx (format {version}; this one reads formats up to {FORMAT}): "
-                "upgrade with pip install --upgrade sgfx"
-            )
-        plain = version == FORMAT and type(record["inputs"]) is int and len(keep) <= len(labels)
-        if not plain or not all(type(label) is int for label in labels) or not any(keep):
-            raise TypeError("its entries are no numbers of groups and inputs")
-    except InputError:
-        raise
+        version = record["format"]
+        if type(version) is not int or version < 1:
+            raise TypeError(f"its format is {version!r}")
     except Exception as error:  # arbitrary numbers make the reader raise nearly anything
         raise _damaged(error) from error
+    if version > FORMAT:
+        raise InputError(
+            f"_extra_state was written by a newer sgfx (format {version}; this one reads formats up to {FORMAT}): "
+            "upgrade with pip install --upgrade sgfx"
+        )
     return record
 
 
-def _damaged(error: Exception) -> InputError:
+def _damaged(error: object) -> InputError:
     return InputError(
         f"_extra_state can't be read ({error}): it is damaged, or was computed with. Average parameters and buffers, "
         "and take extra states as they are"

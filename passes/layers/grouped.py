@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.errors import InputError
+from passes.layers.encoding import encode
 from passes.layers.structured import Structured
 from passes.layers.surgery import carry_over
 from passes.plan import LayerPlan, LayerShape, plan_of
@@ -142,6 +143,10 @@ class Grouped(Structured):
             if own is not None and given is not None and not torch.equal(own.cpu(), given):
                 return f"{name} differs: the weights belong to a layer that was grouped differently"
         return None
+
+    def note_cut(self, whole: LayerPlan, outputs: Tensor | None, inputs: Tensor | None) -> None:
+        """Let the extra state also say what was eliminated: the plan in the dense numbering, and what remains of it."""
+        self._code = encode(self._structure, whole, (outputs, inputs))
 
     @property
     def num_groups(self) -> int:

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import models_zoo
 import sgfx
+from passes.cut import cuts
 from passes.layers.grouped import Grouped
 from tests.sgfx.test_files import (
     IMAGES,
@@ -122,6 +123,28 @@ def test_types_devices_modes_hooks_and_untouched_objects_of_the_model_stay(tmp_p
     assert torch.equal(into.fc.weight.float(), small_net().fc.weight)
 
 
+def test_models_with_fewer_channels_are_opened_where_the_same_are_eliminated_anew(tmp_path):
+    small = eliminated_net()
+    assert cuts(small)
+    into = opened(small.state_dict(), tmp_path)
+    assert_opened(into, small)
+    assert cuts(into).keys() == cuts(small).keys()
+    for path, cut in cuts(small).items():
+        assert str(cut) == str(cuts(into)[path])
+    sgfx.save(into, tmp_path / "small.safetensors")
+    assert_opened(sgfx.load(tmp_path / "small.safetensors", into=Net()), small)
+
+
+def test_a_network_of_the_zoo_without_the_channels_that_nobody_reads_is_opened(tmp_path):
+    torch.manual_seed(0)
+    small = trained(sgfx.compile(models_zoo.create("resnet20"), groups=8, ratio=0.9, eliminate=True)).eval()
+    assert cuts(small)
+    into = opened(small.state_dict(), tmp_path, models_zoo.create("resnet20")).eval()
+    assert {n: v.shape for n, v in into.state_dict().items()} == {n: v.shape for n, v in small.state_dict().items()}
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(into(x), small(x))
+
+
 def test_another_head_is_loaded_first_and_replaced_then(tmp_path):
     model = trained(Net())
     model.fc = nn.Linear(8, 20)
@@ -181,8 +204,32 @@ def test_checkpoints_of_masked_models_are_sent_to_the_pruner(tmp_path):
     refused(state | {"block.0.mask": pruner.model.block[0].mask}, tmp_path, message)
 
 
-def test_models_with_fewer_channels_need_a_file_of_their_own(tmp_path):
-    message = "Where channels were eliminated, a plain checkpoint doesn't say which: use sgfx.save"
+def test_where_other_channels_were_eliminated_than_would_be_now_a_file_of_sgfx_is_needed(tmp_path):
+    message = r"other channels of layer 'block\.0' were eliminated than would be now, without example_inputs\. A plain"
+    for change in (lambda outputs: (outputs + 1) % 8, lambda outputs: outputs[1:], lambda outputs: None):
+        small = eliminated_net()
+        cut = cuts(small)["block.0"]
+        outputs = change(cut.outputs)
+        outputs = outputs if outputs is None else outputs.sort().values
+        small.block[0].note_cut(sgfx.plans(small)["block.0"], outputs, cut.inputs)
+        refused(small.state_dict(), tmp_path, message)
+    small.block[0].note_cut(sgfx.plans(small)["block.0"], torch.tensor([9]), None)
+    refused(small.state_dict(), tmp_path, "layer 'block.0': its outputs that remain are not ascending numbers below 8")
+    state = eliminated_net().state_dict()
+    wider = torch.cat([state["bn1.weight"], torch.ones(1)])
+    refused(
+        state | {"bn1.weight": wider}, tmp_path, r"'bn1.weight' differ in shape \(\[8\] in the file and \[7\] in the"
+    )
+
+
+def test_what_cant_be_eliminated_anew_is_refused(tmp_path, monkeypatch):
+    def fail(small, options):
+        raise sgfx.InputError("the model is not what it was")
+
+    monkeypatch.setattr("sgfx.checkpoints.eliminated", fail)
+    message = (
+        "channels were eliminated, which can't be done anew: the model is not what it was. A plain checkpoint does"
+    )
     refused(eliminated_net().state_dict(), tmp_path, message)
 
 

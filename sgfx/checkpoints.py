@@ -126,7 +126,7 @@ def _structure(path: str, model: nn.Module, state: Mapping[str, Tensor]) -> tupl
 def _eliminate(small: nn.Module, expected: Mapping[str, Cut]) -> None:
     """Eliminate anew, in place, and hold the result to what is known of regrouped layers."""
     try:
-        eliminated(small, {"example_inputs": None, "leaf_modules": ()})
+        eliminated(small, None)
     except (InputError, PassError) as error:
         raise InputError(f"channels were eliminated, which can't be done anew: {error}. {_SAVE}") from error
     found = {path: cut for path, cut in cuts(small).items() if isinstance(small.get_submodule(path), Grouped)}

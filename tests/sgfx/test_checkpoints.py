@@ -223,7 +223,7 @@ def test_where_other_channels_were_eliminated_than_would_be_now_a_file_of_sgfx_i
 
 
 def test_what_cant_be_eliminated_anew_is_refused(tmp_path, monkeypatch):
-    def fail(small, options):
+    def fail(small, example_inputs):
         raise sgfx.InputError("the model is not what it was")
 
     monkeypatch.setattr("sgfx.checkpoints.eliminated", fail)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.cut import cuts
+from passes.layers.custom import Custom
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import replace_module
 from passes.plan import attach_plan, plans
@@ -14,7 +15,8 @@ from passes.plan import attach_plan, plans
 def adopt(model: nn.Module, small: nn.Module) -> None:
     """Give `model` the grouped layers, cut modules, plans and values of `small`, a compiled copy of it, in place.
 
-    All modules and parameters of `model` that `small` did not replace stay the same objects, biases included.
+    All modules and parameters of `model` that `small` did not replace stay the same objects: biases too, and what is
+    inside a custom layer.
     """
     cut = cuts(small)
     replaced = {path: m for path, m in small.named_modules() if isinstance(m, Grouped) or path in cut}
@@ -25,9 +27,14 @@ def adopt(model: nn.Module, small: nn.Module) -> None:
             if same and _differ(mine, theirs[name]):
                 mine.copy_(theirs[name])
     for path, layer in replaced.items():
-        bias, new = model.get_submodule(path)._parameters.get("bias"), layer._parameters.get("bias")
-        if bias is not None and new is not None and bias.shape == new.shape:
-            layer._parameters["bias"] = bias
+        old = model.get_submodule(path)
+        for name, own in old._parameters.items():
+            new = layer._parameters.get(name)
+            if own is not None and new is not None and own.shape == new.shape:
+                layer._parameters[name] = own
+        layer._modules.update(old._modules)  # of a custom layer; what is replaced below it has its turn later
+        if isinstance(layer, Custom):
+            layer._buffers.update(old._buffers)
         replace_module(model, path, layer)
     for path, plan in plans(small).items():
         attach_plan(model.get_submodule(path), plan)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from passes.as_torch_made_it import change_of
-from passes.cut import channel_counts, is_cuttable, is_depthwise, present_plan
+from passes.cut import channel_counts, is_depthwise, may_be_cut, present_plan
 from passes.facts import Region, Regions
 from passes.labels import compact
+from passes.layers.custom import Custom, is_custom
 from passes.layers.grouped import Grouped
 from passes.matching import holders_of
 from passes.norms import is_norm
@@ -228,7 +229,7 @@ def uncuttable(model: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
     strays = usage.regions.observation.strays if usage.regions.observation is not None else frozenset()
     roots = {region.path for region in usage.regions.parts}
     for path, module in model.named_modules():
-        if is_cuttable(module):
+        if may_be_cut(module):
             reason = _obstacle(path, module, usage, holders)
             if any((path, root) in strays for root in roots if root and f"{path}.".startswith(f"{root}.")):
                 reason = "called from outside its region too"
@@ -237,11 +238,14 @@ def uncuttable(model: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(path: str, module: nn.Module, usage: Usage, holders: dict[int, int]) -> str | None:
-    if (change := change_of(module)) is not None or module._modules:
+    custom = isinstance(module, Custom) or is_custom(module)
+    if (change := change_of(module)) is not None or (module._modules and not custom):
         return change or "it holds other modules"
-    if any(holder in usage.called for holder in holders_of(path)):
+    if usage.called_around(path):
         return "inside a module that is called as a whole"
     tensors = [*module._parameters.items(), *module._buffers.items()]
+    if custom:  # what else it holds is not cut, and meets its channels in the graph
+        tensors = [(name, module._parameters[name]) for name in ("weight", "bias")]
     if any(f"{path}.{name}" in usage.sharers or f"{path}.{name}" in usage.read for name, _ in tensors):
         return "its parameters are shared, or read by others"
     if any(id(tensor) in usage.listed or holders.get(id(tensor), 0) > 1 for _, tensor in tensors if tensor is not None):

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.as_torch_made_it import is_as_torch_made_it
 from passes.errors import InputError
+from passes.layers.custom import GroupedCustom, is_custom
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.surgery import replace_module, shallow_copy
 from passes.norms import is_frozen_norm, is_norm
@@ -67,6 +68,13 @@ def is_cuttable(module: nn.Module) -> bool:
         return is_depthwise(module) and is_as_torch_made_it(module)
     layer = type(module) in (*GROUPED, *GROUPED.values()) and is_as_torch_made_it(module)
     return layer or is_norm(module)
+
+
+def may_be_cut(module: nn.Module) -> bool:
+    """Whether a module of a model can be cut where graphs show how: one of these, or a custom layer like them."""
+    if isinstance(module, GroupedCustom):
+        return True
+    return is_cuttable(module) or (is_custom(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module)))
 
 
 def channel_counts(module: nn.Module) -> tuple[int, int]:
@@ -127,7 +135,10 @@ def smaller(module: nn.Module, cut: Cut) -> nn.Module:
         new: Any = module.restructured(restricted(present_plan(module), cut), cut.outputs, cut.inputs)
     else:
         new = shallow_copy(module, type(module))
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in (
+            tensors if is_norm(module) else [(name, getattr(module, name)) for name in ("weight", "bias")]
+        ):
             if tensor is not None and tensor.dim():  # all but num_batches_tracked
                 _replace(new, name, _selected(tensor, cut, is_depthwise(module)))
         for name, index in _counts(module, cut):

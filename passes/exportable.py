@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from passes.as_torch_made_it import change_of
 from passes.errors import InputError
+from passes.layers.custom import CallsWith, Custom, GroupedCustom, LayerCall
 from passes.layers.grouped import GROUPED, Form, Grouped
-from passes.layers.surgery import replace_module
+from passes.layers.surgery import replace_module, shallow_copy
 from passes.values import plain
 
 
@@ -32,7 +33,8 @@ def make_exportable(model: nn.Module, form: Form) -> None:
         if isinstance(layer, Grouped):
             if (change := change_of(layer)) is not None:
                 raise InputError(f"layer {path!r} can't be written to a file: {change}; put it back first")
-            replace_module(model, path, make(layer))
+            custom = dense_custom if form == "dense" else CustomBlocks
+            replace_module(model, path, custom(layer) if isinstance(layer, GroupedCustom) else make(layer))
 
 
 def give_plain_outputs(model: nn.Module) -> None:
@@ -57,6 +59,35 @@ def dense_layer(layer: Grouped) -> nn.Module:
     new.weight = nn.Parameter(weight, requires_grad=False)
     new.register_parameter("bias", layer.bias)
     return new.train(layer.training)
+
+
+def dense_custom(layer: GroupedCustom) -> nn.Module:
+    """The user's own layer with the weights of `layer`, and zeros where its connections are pruned."""
+    return layer.as_dense(nn.Parameter(layer.dense_weight().detach(), requires_grad=False))
+
+
+class CustomBlocks(Custom):
+    """A grouped custom layer: the user's code, in which the call of its weight is one layer for each group."""
+
+    def __init__(self, layer: GroupedCustom) -> None:
+        """Take over the blocks of `layer` and the user's code."""
+        super().__init__()
+        self.__dict__.update(shallow_copy(layer, GroupedCustom).__dict__)
+        plain = layer.plain(LayerCall(type(layer), None, None))
+        self._set_geometry = plain.__dict__.update
+        self.sgfx_blocks = Blocks(plain)
+        del self._parameters["weight"]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Compute the layer. Its code may ask for the shape of the weight, and do nothing else with it."""
+        weight = self.sgfx_blocks.weights[0].new_zeros(()).expand(self._dense_shape)
+        with CallsWith(weight, self._in_blocks, alone=True):
+            return self._run(weight, args, kwargs)
+
+    def _in_blocks(self, call: LayerCall) -> Tensor:
+        self._set_geometry(call.geometry)
+        y: Tensor = self.sgfx_blocks(call.input)
+        return y if call.bias is None else y + call.bias.view(-1, *[1] * (call.weight.dim() - 2))
 
 
 class Blocks(nn.Module):

@@ -56,11 +56,13 @@ class Region:
         path: path of its root in the model; "" for the whole model.
         graphs: a graph for each mode: "eval", "train", and "mixed" where the model's own modes are.
         read: paths of the parameters that operations used while tracing, outside of a layer's own call.
+        opened: paths of the custom layers that were traced into: a plain layer is called under their path.
     """
 
     path: str
     graphs: dict[str, fx.GraphModule]
     read: frozenset[str] = frozenset()
+    opened: frozenset[str] = frozenset()
 
     def module_path(self, node: fx.Node) -> str:
         """Path in the model of the module or tensor that a node of one of the graphs names."""
@@ -94,12 +96,14 @@ class Regions:
         untraceable: why the model could not be traced whole, or None if it was.
         leaves: paths of the modules that were not to be traced into.
         observation: what a run of the example inputs showed, where the regions do not cover the whole model.
+        closed: paths of the custom layers that are leaves, with the reason if their weight is not used as it is, or "".
     """
 
     parts: tuple[Region, ...]
     leaves: frozenset[str] = frozenset()
     untraceable: str | None = None
     observation: Observation | None = None
+    closed: Mapping[str, str] = field(default_factory=dict)
 
     def outside(self, path: str) -> str | None:
         """Where a module lies that is in no graph: outside every region, or in a leaf module; None if it is in one."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.forward_names import forward_names, is_library, variables
+from passes.layers.custom import dense_class
 
 _BOOKKEEPING = {*vars(nn.Module()), "device", "dtype", "_device", "_dtype"}
 _DEPTH = 6  # of containers and objects inside each other
@@ -36,7 +37,7 @@ class Hyperparameters:
         modules = list(model.modules())
         self._registered = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         held = {type(x) for module in modules for x in vars(module).values() if _is_object(x)}
-        kinds = {*map(type, modules), *held}
+        kinds = {*map(dense_class, modules), *held}
         self._read = forward_names(frozenset(kind for kind in kinds if not is_library(kind))).read
 
     def of(self, module: nn.Module, kind: type | None = None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.layers.grouped import GROUPED, Grouped
+from passes.layers.custom import grouped_form
+from passes.layers.grouped import Grouped
 from passes.layers.surgery import replace_module
 from passes.plan import LayerPlan, attach_plan
 from passes.regions import find_regions
@@ -19,7 +20,7 @@ from passes.unit import Pass, Unit
 def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
     """Put grouped layers into `model` by its `plans`, in place; return whether anything changed."""
     made = {
-        path: _grouped(layer, plan)
+        path: grouped_form(layer).from_dense(layer, plan)
         for path, plan in plans.items()
         if plan.grouped and not isinstance(layer := model.get_submodule(path), Grouped)
     }
@@ -28,11 +29,6 @@ def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
     for path, plan in plans.items():
         attach_plan(model.get_submodule(path), plan)
     return bool(made)
-
-
-def _grouped(layer: nn.Module, plan: LayerPlan) -> Grouped:
-    dense = next(base for base in GROUPED if isinstance(layer, base))
-    return GROUPED[dense].from_dense(layer, plan)
 
 
 class Lowering(Pass):

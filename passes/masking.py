@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from passes.layers.masked import MASKED, Masked
+from passes.layers.custom import masked_form
+from passes.layers.masked import Masked
 from passes.layers.surgery import replace_module
 from passes.plan import LayerPlan, attach_plan, detach_plan
 from passes.unit import Pass, Unit
@@ -43,7 +44,7 @@ def masked_layer(model: nn.Module, path: str) -> Masked:
     """Return the masked layer at `path`, made from the dense one there if need be."""
     layer = model.get_submodule(path)
     if not isinstance(layer, Masked):
-        layer = MASKED[type(layer)].from_dense(layer)
+        layer = masked_form(layer).from_dense(layer)
         replace_module(model, path, layer)
     return layer
 

@@ -52,10 +52,10 @@ def find_regions(
     except UntraceableError as error:
         why = error.why
     if whole is not None and not leaves:
-        return Regions((whole,))
+        return Regions((whole,), closed=tracing.closed)
     observation = None if example_inputs is None else observe(tracing, example_inputs)
     parts = _parts(tracing, model, "", leaves, observation) if whole is None else (whole,)
-    return Regions(tuple(parts), leaves, why, observation)
+    return Regions(tuple(parts), leaves, why, observation, tracing.closed)
 
 
 def _parts(

@@ -4,8 +4,9 @@ A layer stays as it is, with the first of these reasons that holds:
  1. it was compiled before, or is masked by a `Pruner`;
  2. it is matched by `ignore`;
  3. it lies inside a module that reads its parameters itself (`nn.MultiheadAttention`);
- 4. its type is not exactly a torch layer class, it was changed (`as_torch_made_it`), or its weight is not a plain
-    parameter of its own (parametrized, weight-normed, shared with another module or read by another operation);
+ 4. its type is neither a torch layer class nor a subclass that puts its weight as it is into one call of that kind
+    (`passes.opening`, `passes.probing`), it was changed (`as_torch_made_it`), or its weight is not a plain parameter
+    of its own (parametrized, weight-normed, shared with another module or read by another operation);
  5. it is transposed, depthwise or already grouped;
  6. nothing calls it in any mode; or it lies outside every traced region, and no run has shown that its own call alone
     uses its parameters;
@@ -24,10 +25,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from passes.as_torch_made_it import change_of
 from passes.errors import InputError
 from passes.facts import Regions, Settings, Target
+from passes.layers.custom import is_custom
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
-from passes.matching import covers, holders_of, matches
+from passes.matching import covers, matches
 from passes.plan import layer_shape
+from passes.probing import misuse
 from passes.unit import Pass, Unit
 from passes.usage import Usage
 
@@ -39,25 +42,25 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
     """Say why a layer can't be regrouped at all (rules 1 and 3 to 6), or None if it can."""
     if not path:
         return "the model is a layer itself: wrap it in nn.Sequential"
-    called = (holder for holder in holders_of(path) if holder in usage.called)
-    inside = next((holder for holder in called if holder not in usage.regions.leaves), None)
-    if inside is not None:
+    around = usage.called_around(path)
+    if (inside := next((each for each in around if each not in usage.regions.leaves), None)) is not None:
         return f"inside {inside!r}, and {usage.called[inside]} reads its parameters itself"
-    return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)
+    return _obstacle_of_type(path, layer, usage) or _obstacle_of_use(path, layer, usage)
 
 
-def _obstacle_of_type(layer: nn.Module) -> str | None:
+def _obstacle_of_type(path: str, layer: nn.Module, usage: Usage) -> str | None:
     if isinstance(layer, Masked):
         return "already masked by a Pruner: call its lower() instead"
     if hasattr(layer, "parametrizations"):
         return change_of(layer)
     if isinstance(layer, _ConvTransposeNd):
         return "transposed convolution"
-    if type(layer) not in GROUPED:
+    if type(layer) not in GROUPED and not is_custom(layer):
         return f"a subclass of torch's layers ({type(layer).__name__}), which may compute something else"
     if (change := change_of(layer)) is not None:
         return change
-    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+    more = set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules
+    if more and not is_custom(layer):
         return "its weight is computed (weight_norm, spectral_norm, prune), or it holds more than weight and bias"
     weight = layer.weight
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
@@ -65,17 +68,27 @@ def _obstacle_of_type(layer: nn.Module) -> str | None:
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}".replace("torch.", "") + ", not a real floating-point tensor"
     groups = getattr(layer, "groups", 1)
+    if groups == 1 and tuple(weight.shape) != _expected_shape(layer):
+        return f"its weight has the shape {tuple(weight.shape)}, and its attributes say {_expected_shape(layer)}"
     if groups > 1:
         return "depthwise convolution" if groups == layer.in_channels else f"already grouped (groups={groups})"
     return None
 
 
+def _expected_shape(layer: nn.Module) -> tuple[int, ...]:
+    _, inputs, filters, kernel = layer_shape(layer)
+    return (filters, inputs, *kernel)
+
+
 def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
-    for name, parameter in layer.named_parameters():
+    own = [(name, parameter) for name, parameter in layer._parameters.items() if name in ("weight", "bias")]
+    for name, parameter in own:
         full = f"{path}.{name}"
+        if parameter is None:
+            continue
         if full in usage.sharers:
             return f"its {name} is shared with {usage.sharers[full]!r}"
-        if full in usage.read:
+        if full in usage.read and (name == "weight" or not is_custom(layer)):  # its own code may, and it stays as it is
             return f"its {name} is read by an operation outside its own call"
         if id(parameter) in usage.listed:
             return f"its {name} is also held outside the registered parameters, by {usage.listed[id(parameter)]!r}"
@@ -83,7 +96,11 @@ def _obstacle_of_use(path: str, layer: nn.Module, usage: Usage) -> str | None:
             return f"its {name} has another dtype than its weight"
     if id(layer) in usage.listed:
         return f"also held outside the registered submodules, by {usage.listed[id(layer)]!r}"
-    return usage.doubt(path)
+    doubt = usage.doubt(path)
+    if not is_custom(layer) or path in usage.opened:
+        return doubt
+    more = usage.regions.closed.get(path) or doubt or misuse(layer, usage.arguments(path))
+    return more if more == doubt else f"a subclass of torch's layers ({type(layer).__name__}), and {more}"
 
 
 def _small(layer: nn.Module) -> str | None:

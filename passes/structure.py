@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from passes.cut import Cut, channel_counts, cuts, has_cut, is_cuttable, is_depthwise
+from passes.cut import Cut, channel_counts, cuts, has_cut, is_depthwise, may_be_cut
 from passes.errors import InputError
 from passes.hyperparameters import Hyperparameters
+from passes.layers.custom import GroupedCustom, change_of_layer, is_custom
 from passes.layers.grouped import GROUPED, Grouped
 from passes.plan import LayerPlan, layer_shape, plan_of, plans
 
@@ -76,7 +77,9 @@ def transient(model: nn.Module) -> set[str]:
 
 def _module_record(module: nn.Module, found: Hyperparameters) -> Record:
     plan = plan_of(module)
-    if isinstance(module, Grouped) and plan is not None:
+    if isinstance(module, GroupedCustom):
+        own = {"class": module._kind.__qualname__, **found.of(module.as_dense(module.weight))}
+    elif isinstance(module, Grouped) and plan is not None:
         dense = next(kind for kind, grouped in GROUPED.items() if type(module) is grouped)
         own = {"class": plan.kind, **found.of(module, dense)}
         own = {key: value for key, value in own.items() if key not in ("form", *Grouped.TABLES)}
@@ -145,7 +148,8 @@ def check_sizes(record: Mapping[str, Any]) -> None:
 
 def check_regroupable(layer: nn.Module) -> None:
     """Raise an InputError where a dense layer is none of those that can be regrouped."""
-    if type(layer) not in GROUPED or getattr(layer, "groups", 1) != 1:
+    known = type(layer) in GROUPED or (is_custom(layer) and change_of_layer(layer) is None)
+    if not known or getattr(layer, "groups", 1) != 1:
         raise InputError(f"a {type(layer).__name__} can't be regrouped")
 
 
@@ -161,7 +165,7 @@ def cut_from_record(record: Mapping[str, Any], module: nn.Module) -> Cut:
     Raises:
         InputError: the record is of another module, or no cut.
     """
-    if not is_cuttable(module):
+    if not may_be_cut(module):
         raise InputError(f"channels of a {type(module).__name__} can't be cut")
     sides = {}
     for side, count in zip(("outputs", "inputs"), channel_counts(module), strict=True):

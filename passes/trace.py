@@ -4,7 +4,8 @@
    fact about a layer holds only if it holds in all of them.
 2. The live model is never touched: what is traced is a shadow, which shares the parameters and has no hooks. What a
    module with hooks takes and gives is marked under ``meta["exposed"]``.
-3. torch's layers and subclasses of them are leaves, and so are the compiler's own and those that the user names.
+3. torch's layers are leaves, and so are the compiler's own and those that the user names. Subclasses of torch's layers
+   are opened where their code allows it (`passes.opening`), else leaves too.
 4. Arguments that have a default keep it, unless example inputs give them a value.
 5. Shapes come from fake tensors, never from running the model; every node of the eval graph has them under
    ``meta["val"]`` where example inputs were given.
@@ -15,11 +16,13 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.conv import _ConvNd
 
@@ -29,6 +32,15 @@ from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
 from passes.norms import is_frozen_norm
+from passes.opening import (
+    UNTRACEABLE,
+    as_they_are,
+    closed_from_the_start,
+    custom_layers,
+    open_layers,
+    replaced,
+    traceable,
+)
 from passes.parameters import ParameterWatch
 from passes.random_state import preserved_random_state
 from passes.shapes import forget_shapes, propagate_shapes
@@ -76,6 +88,7 @@ class Tracing:
         shadows: mode to shadow.
         hooked: paths of the modules with hooks around their forward or backward. The shadows have none, and what
             hooks do to shapes is not known: example inputs that do not fit the shadows may fit the model.
+        closed: paths of the custom layers that stay leaves, with the reason where their weight is not used as it is.
     """
 
     def __init__(self, model: nn.Module, leaf_modules: Collection[str] = ()) -> None:
@@ -91,6 +104,7 @@ class Tracing:
             for path, module in model.named_modules()
             if everywhere or any(module.__dict__.get(key) for key in RUNNING_HOOKS)
         }
+        self.closed = closed_from_the_start(model)
         self.shadows = {mode: shadow(model) for mode in _modes(model)}
         for mode, twin in self.shadows.items():
             if mode != "mixed":
@@ -114,26 +128,48 @@ class Tracing:
         Raises:
             UntraceableError: torch.fx can't trace it.
         """
-        graphs, read = {}, set()
-        for mode in self.shadows:
-            watch = ParameterWatch(self.shadows[mode])
-            with watch:
-                graphs[mode] = self._trace(path, mode, given)
-            read |= watch.used
-        return Region(path, graphs, frozenset(read))
+        while True:
+            known = len(self.closed)
+            graphs, read, opened = {}, set(), set()
+            for mode in self.shadows:
+                graphs[mode], plain, used = self._trace(path, mode, given)
+                read |= used
+                opened |= {join(path, each) for each in plain}
+            if len(self.closed) == known:  # else they are leaves, in all modes
+                return Region(path, graphs, frozenset(read), frozenset(opened))
 
-    def _trace(self, path: str, mode: str, given: int) -> fx.GraphModule:
+    def _trace(self, path: str, mode: str, given: int) -> tuple[fx.GraphModule, set[str], set[str]]:
+        """Trace the submodule at `path`.
+
+        Returns the graph, the paths in it of the layers that were opened, and those of the parameters that were used.
+        """
         root = self.shadows[mode].get_submodule(path)
         if path and (change := change_of(root)) is not None:  # torch.fx would trace the forward of the class
             failure = UntraceableError(f"torch.fx can't trace submodule {path!r} ({type(root).__name__}): {change}")
             failure.why = str(failure)
             raise failure
-        tracer = _Tracer(path, self._leaves, self.hooked)
+        layers = custom_layers(root)
+        left = self.closed.keys() | self._leaves
+        opening = {each: layer for each, layer in layers.items() if join(path, each) not in left}
+        stand_ins = traceable(layers)
+        tracer = _Tracer(
+            path, self._leaves, self.hooked, {each: stand_ins.get(each, opening[each]) for each in opening}
+        )
         try:
-            with preserved_random_state(), warnings.catch_warnings():
+            with (
+                ParameterWatch(self.shadows[mode]) as watch,
+                preserved_random_state(),
+                warnings.catch_warnings(),
+                replaced(root, stand_ins),
+            ):
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
                 graph = tracer.trace(root, concrete_args=_defaults(root, given))
         except Exception as error:
+            if tracer.refused is not None:  # so are its likes, very likely
+                kind = type(tracer.opening[tracer.refused])
+                alike = (each for each, layer in tracer.opening.items() if type(layer) is kind)
+                self.closed.update((join(path, each), UNTRACEABLE) for each in alike)
+                return self._trace(path, mode, given)
             where = tracer.failed or type(root).__name__
             failure = UntraceableError(
                 f"torch.fx can't trace {where} in {mode} mode: {error}\n"
@@ -142,7 +178,10 @@ class Tracing:
             )
             failure.why = f"torch.fx can't trace {where} in {mode} mode: {_first_sentence(error)}"
             raise failure from error
-        return fx.GraphModule(tracer.root, graph)
+        plain, closed = open_layers(graph, opening, tracer.num_calls, tracer.read_outside)
+        self.closed.update((join(path, each), reason) for each, reason in closed.items())
+        with replaced(root, plain | as_they_are(layers, plain)):
+            return fx.GraphModule(tracer.root, graph), set(plain), watch.used
 
 
 def _first_sentence(error: Exception) -> str:
@@ -181,19 +220,47 @@ class _Proxy(fx.Proxy):
         return found
 
 
+class _Weight(_Proxy):
+    """Stands for the weight of a custom layer in its own code, which may ask for what all forms of it have alike."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, weight: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.shape, self.ndim, self.dtype, self.device = weight.shape, weight.ndim, weight.dtype, weight.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
 class _Tracer(fx.Tracer):
     """A tracer that knows the compiler's leaves, marks what hooks see, and remembers where it failed."""
 
     failed: str | None = None
+    refused: str | None = None  # path of the custom layer that could not be opened
 
-    def __init__(self, root_path: str = "", leaves: Collection[str] = (), hooked: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        root_path: str = "",
+        leaves: Collection[str] = (),
+        hooked: Collection[str] = (),
+        opening: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         super().__init__()  # unpickling a graph module makes a tracer of its graph's class without arguments
-        self._root_path, self._leaves, self._hooked = root_path, leaves, hooked
+        self._root_path, self._leaves, self._hooked, self.opening = root_path, leaves, hooked, opening
+        self._weights = {id(layer.weight): path for path, layer in reversed([*opening.items()])}
+        self.read_outside: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Besides torch's own modules: subclasses of its layers, grouped layers, frozen norms, and what was named."""
         if join(self._root_path, module_qualified_name) in self._leaves:
             return True
+        if module_qualified_name in self.opening:
+            return False
         ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
@@ -210,14 +277,30 @@ class _Tracer(fx.Tracer):
         """Stand for what a node yields."""
         return _Proxy(node, self)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Stand for a parameter. The own code of a layer that is being opened may ask for the shape of its weight."""
+        path = self._weights.get(id(attr_val))
+        if path is None or all(path != name for name, _ in self.module_stack.values()):
+            self.read_outside |= {path} if path is not None else set()
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        target = f"{path}.weight"
+        if not isinstance(parameter_proxy_cache.get(target), _Weight):
+            node = self.create_node("get_attr", target, (), {})
+            with torch._C.DisableTorchFunction():  # to look at it is no use of it
+                parameter_proxy_cache[target] = _Weight(node, self, attr_val)
+        return parameter_proxy_cache[target]
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace into a module, or past it if it is a leaf."""
-        path = join(self._root_path, self.path_of_module(m))
+        name = self.path_of_module(m)
+        path = join(self._root_path, name)
         try:
             result = super().call_module(m, m.forward if has_global_hooks() else forward, args, kwargs)
         except Exception:
             if self.failed is None:  # the innermost module is the first to know
                 self.failed = f"submodule {path!r} ({type(m).__name__})"
+            if self.refused is None and name in self.opening:
+                self.refused = name
             raise
         if path in self._hooked:
             fx.node.map_aggregate((args, kwargs, result), lambda x: _expose(x, path))

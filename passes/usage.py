@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.facts import Regions
 from passes.layers.surgery import hook_dicts
+from passes.matching import holders_of
 from passes.rebinding import held_by
 from passes.trace import calls
 
@@ -17,6 +18,7 @@ class Usage:
 
     Attributes:
         called: paths of the modules that graphs call as a whole, with the names of their classes.
+        opened: paths of the custom layers among these, whose own code is in the graphs too.
         first_convolutions: path of the convolution that runs first, of each graph.
         read: paths of the tensors that operations read outside a call of their module.
         sharers: parameters that overlap in memory with another one, with the other's path.
@@ -28,6 +30,7 @@ class Usage:
         """Read the graphs and the parameters' places."""
         self.regions = regions
         self.called: dict[str, str] = {}
+        self.opened = {path for region in regions.parts for path in region.opened}
         self.first_convolutions: set[str] = set()
         modes: set[str] = set()
         for mode, path, module in calls(regions.parts):
@@ -49,6 +52,24 @@ class Usage:
         self.read.update(path for region in regions.parts for path in region.read)
         self.sharers = _sharers(model)
         self.listed = _listed(model)
+
+    def called_around(self, path: str) -> list[str]:
+        """Paths of the modules that hold the one at `path` and are called as a whole, from the outside in."""
+        return [each for each in holders_of(path) if each in self.called and each not in self.opened]
+
+    def arguments(self, path: str) -> list[tuple[tuple[object, ...], dict[str, object]]]:
+        """What a module is called with, as far as it is known: tensors without storage, or fake ones."""
+        if self.regions.observation is not None and path in self.regions.observation.called:
+            return list(self.regions.observation.called[path].values())
+        nodes = (
+            node
+            for region in self.regions.parts
+            for graph in region.graphs.values()
+            for node in graph.graph.nodes
+            if node.op == "call_module" and region.module_path(node) == path
+        )
+        known = (node for node in nodes if all("val" in each.meta for each in node.all_input_nodes))
+        return [fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"]) for node in known]
 
     def doubt(self, path: str) -> str | None:
         """Why it isn't known that a layer's parameters are used by its own call alone, or None if it is."""

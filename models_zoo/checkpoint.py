@@ -164,8 +164,10 @@ def _all_begin_with(prefix: str, names: Iterable[str]) -> bool:
 
 
 def _check_names(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> None:
-    missing = [key for key in own if key not in state and not key.endswith(_UNTRACKED)]
-    unexpected = [key for key in state if key not in own]
+    # A module that keeps an extra state may know names of earlier versions: it judges them itself, on loading.
+    judges = {key.removesuffix(_EXTRA) for key in own if key.endswith(_EXTRA)}
+    missing = [key for key in own if key not in state and not key.endswith((_UNTRACKED, _EXTRA))]
+    unexpected = [key for key in state if key not in own and key[: key.rfind(".") + 1] not in judges]
     problems = []
     if missing:
         problems.append(f"it lacks {len(missing)} of the model's names: {_few(missing)}")
@@ -179,7 +181,7 @@ def _check_names(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -
 
 
 def _check_shapes(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> None:
-    wrong = [key for key, value in state.items() if not key.endswith(_EXTRA) and value.shape != own[key].shape]
+    wrong = [key for key in _values(state, own) if state[key].shape != own[key].shape]
     if wrong:
         shapes = [f"{key} is {_shape(state[key])} in the file and {_shape(own[key])} in the model" for key in wrong]
         raise ValueError(
@@ -190,11 +192,9 @@ def _check_shapes(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) 
 
 def _converted(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Values as the model stores them, made before it changes: a copy that fails would leave it half loaded."""
-    converted = dict(own)
-    for key, value in state.items():
-        if key.endswith(_EXTRA):
-            converted[key] = value
-            continue
+    converted: dict[str, Any] = {key: value for key, value in own.items() if not key.endswith(_EXTRA)} | state
+    for key in _values(state, own):
+        value = state[key]
         try:
             converted[key] = torch.empty_like(own[key], device="cpu").copy_(value)
         except RuntimeError as error:
@@ -203,6 +203,11 @@ def _converted(state: dict[str, Tensor], own: Mapping[str, Any], file: Path) -> 
                 f"({value.layout}, {value.dtype} on {value.device}). Save it as a dense tensor on the CPU"
             ) from error
     return converted
+
+
+def _values(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str]:
+    """The names of parameters and buffers, which are compared and copied one by one."""
+    return [key for key in state if key in own and not key.endswith(_EXTRA)]
 
 
 def _shape(tensor: Tensor) -> str:

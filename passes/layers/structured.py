@@ -75,7 +75,7 @@ class Structured(nn.Module):
         try:
             names = [name for name in self.FORMER_BUFFERS if prefix + name in state_dict]
             former = {name: state_dict.pop(prefix + name) for name in names}
-            if key not in state_dict and len(former) == len(self.FORMER_BUFFERS):
+            if len(former) == len(self.FORMER_BUFFERS):
                 state_dict[key] = as_tensor(encode(self._former_structure(former)))
             if key in state_dict and (problem := self._difference(decode(state_dict[key], self._shape()))) is not None:
                 raise InputError(problem)

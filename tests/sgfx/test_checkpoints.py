@@ -4,7 +4,6 @@ import argparse
 import copy
 import gzip
 import io
-import pickle
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ import models_zoo
 import sgfx
 from passes.cut import cuts
 from passes.layers.grouped import Grouped
-from tests.sgfx.test_files import (
-    IMAGES,
-    LeakyNet,
-    Net,
-    assert_untouched,
-    eliminated_net,
-    small_net,
-    snapshot,
-    trained,
-)
+from tests.sgfx.test_files import IMAGES, Net, eliminated_net, small_net, trained
 
 
 def assert_opened(into, small):
@@ -171,148 +161,6 @@ def test_state_dicts_of_earlier_versions_are_opened(tmp_path):
             opened(state | wrong, tmp_path, nn.Sequential(*copy.deepcopy(layers)))
 
 
-# What is refused: the model is as it was.
-
-
-def refused(content, tmp_path, message, into=None):
-    into = Net() if into is None else into
-    before = snapshot(into)
-    with pytest.raises(sgfx.InputError, match=message):
-        opened(content, tmp_path, into)
-    assert_untouched(into, before)
-
-
-def test_checkpoints_of_dense_models_are_sent_to_where_they_belong(tmp_path):
-    message = (
-        r"checkpoint.pth does not fit Net: .*weights of a dense model\. Load them with models_zoo\.load_checkpoint"
-    )
-    refused(trained(Net()).state_dict(), tmp_path, message)
-    save_file({"weight": torch.zeros(3)}, tmp_path / "dense.safetensors")
-    with pytest.raises(
-        sgfx.InputError, match=r"not one that sgfx.save wrote, and has no structure: it holds the weights"
-    ):
-        sgfx.load(tmp_path / "dense.safetensors", into=Net())
-
-
-def test_checkpoints_of_masked_models_are_sent_to_the_pruner(tmp_path):
-    pruner = sgfx.Pruner(Net(), ratio=0.5, step=0.25)
-    next(iter(pruner))
-    message = "layer 'block.0' is masked, between two pruning steps. Make the Pruner anew, and load its state"
-    refused(pruner.model.state_dict(), tmp_path, message)
-    refused(pruner.state_dict(), tmp_path, message)
-    state = {name: value for name, value in pruner.model.state_dict().items() if "_extra" not in name}
-    refused(state | {"block.0.mask": pruner.model.block[0].mask}, tmp_path, message)
-
-
-def test_where_other_channels_were_eliminated_than_would_be_now_a_file_of_sgfx_is_needed(tmp_path):
-    message = r"other channels of layer 'block\.0' were eliminated than would be now, without example_inputs\. A plain"
-    for change in (lambda outputs: (outputs + 1) % 8, lambda outputs: outputs[1:], lambda outputs: None):
-        small = eliminated_net()
-        cut = cuts(small)["block.0"]
-        outputs = change(cut.outputs)
-        outputs = outputs if outputs is None else outputs.sort().values
-        small.block[0].note_cut(sgfx.plans(small)["block.0"], outputs, cut.inputs)
-        refused(small.state_dict(), tmp_path, message)
-    small.block[0].note_cut(sgfx.plans(small)["block.0"], torch.tensor([9]), None)
-    refused(small.state_dict(), tmp_path, "layer 'block.0': its outputs that remain are not ascending numbers below 8")
-    state = eliminated_net().state_dict()
-    wider = torch.cat([state["bn1.weight"], torch.ones(1)])
-    refused(
-        state | {"bn1.weight": wider}, tmp_path, r"'bn1.weight' differ in shape \(\[8\] in the file and \[7\] in the"
-    )
-
-
-def test_what_cant_be_eliminated_anew_is_refused(tmp_path, monkeypatch):
-    def fail(small, example_inputs):
-        raise sgfx.InputError("the model is not what it was")
-
-    monkeypatch.setattr("sgfx.checkpoints.eliminated", fail)
-    message = (
-        "channels were eliminated, which can't be done anew: the model is not what it was. A plain checkpoint does"
-    )
-    refused(eliminated_net().state_dict(), tmp_path, message)
-
-
-def changed(**values):
-    return small_net().state_dict() | values
-
-
-def without(*names):
-    return {name: value for name, value in small_net().state_dict().items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (lambda: without("fc.bias"), r"it lacks 'fc.bias'\. Make a dense model of the class and options"),
-        (lambda: without("fc.weight"), r"it lacks 'fc.weight'"),
-        (
-            lambda: without("fc._extra_state"),
-            r"'fc.weight' differ in shape \(\[\d+, 1\] in the file and \[10, 8\] in the",
-        ),
-        (lambda: changed(head=torch.ones(1)), "it has 'head', which the model has not"),
-        (lambda: changed(**{"head._extra_state": torch.ones(1)}), r"the model lacks layer 'head'\. Make a dense model"),
-        (lambda: changed(**{"bn1._extra_state": torch.ones(1)}), "layer 'bn1': a BatchNorm2d can't be regrouped"),
-        (lambda: changed(**{"fc._extra_state": torch.ones(9)}), "layer 'fc': _extra_state can't be read"),
-        (lambda: changed(**{"fc.bias": torch.ones(3)}), r"'fc.bias' differ in shape \(\[3\] in the file and \[10\]"),
-        (lambda: changed(**{"fc.weight": torch.ones(3, 1)}), r"'fc.weight' differ in shape"),
-        (lambda: changed(**{"fc.bias": torch.ones(10).to_sparse()}), r"(?s)its values can't be loaded: .*fc\.bias"),
-        (lambda: changed(**{"fc.bias": torch.ones(10, device="meta")}), "fc.bias"),
-        (
-            lambda: {"epoch": 3, "net": small_net().state_dict()},
-            "holds a dict with the entries epoch, net where a state",
-        ),
-        (lambda: {"state_dict": {}}, "holds an empty dict where a state dict"),
-        (lambda: [1, 2], "holds a list where a state dict"),
-    ],
-)
-def test_what_does_not_fit_is_refused(tmp_path, content, message):
-    refused(content(), tmp_path, message)
-
-
-def test_another_model_is_refused(tmp_path):
-    refused(small_net().state_dict(), tmp_path, "layer 'block.0': .* not of one with 16 and 16", Net(width=16))
-    refused(small_net().state_dict(), tmp_path, "the model lacks layer", models_zoo.create("lenet5"))
-    opened(small_net().state_dict(), tmp_path, LeakyNet())  # of another class: a state dict doesn't say of which
-
-
-class Evil:
-    """Unpickling this makes a folder: a stand-in for worse."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (self.path,)
-
-
-def test_nothing_is_unpickled(tmp_path):
-    evil = {"state_dict": small_net().state_dict(), "args": argparse.Namespace(x=Evil(tmp_path / "ran"))}
-    refused(evil, tmp_path, "was refused: it is not made of weights alone but needs code")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(evil))
-    with pytest.raises(sgfx.InputError, match="was refused: it is not made of weights alone but needs code"):
-        sgfx.load(tmp_path / "plain.pth", into=Net())
-    assert not (tmp_path / "ran").exists()
-    message = (
-        r"needs code \(tests.sgfx.test_files.Net\).*save its weights alone: torch.save\(model.state_dict\(\), path\)"
-    )
-    refused(small_net(), tmp_path, message)
-
-
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999])
-def test_truncated_files_are_refused(tmp_path, share):
-    torch.save(small_net().state_dict(), tmp_path / "whole.pth")
-    content = (tmp_path / "whole.pth").read_bytes()
-    (tmp_path / "half.pth").write_bytes(content[: int(share * len(content))])
-    into = Net()
-    before = snapshot(into)
-    with pytest.raises(sgfx.InputError, match=r"is not a checkpoint, or a damaged one|is truncated, damaged or no"):
-        sgfx.load(tmp_path / "half.pth", into=into)
-    assert_untouched(into, before)
-
-
 def test_a_checkpoint_of_another_structure_leaves_a_compiled_model_as_it_was(tmp_path):
     """`models_zoo.load_checkpoint` into a compiled model: all of it or nothing."""
     small, other = small_net(), trained(Net())
@@ -330,3 +178,31 @@ def test_a_checkpoint_of_another_structure_leaves_a_compiled_model_as_it_was(tmp
         models_zoo.load_checkpoint(small, tmp_path / "no.pth")
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
     models_zoo.load_checkpoint(small, tmp_path / "same.pth")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_into_a_compiled_model_or_leaves_it_as_it_was(tmp_path):
+    small = small_net()
+    state = {name: value for name, value in small.state_dict().items() if "_extra" not in name}
+    for path, layer in small.named_modules():
+        if isinstance(layer, Grouped):
+            state |= {f"{path}.{name}": getattr(layer, name) for name in Grouped.FORMER_BUFFERS}
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "old.pth")
+    into = small_net()
+    for parameter in into.parameters():
+        parameter.data.zero_()
+    models_zoo.load_checkpoint(into, tmp_path / "old.pth")
+    assert torch.equal(into.eval()(IMAGES), small.eval()(IMAGES))
+    before = copy.deepcopy(into.state_dict())
+    doubled = {name: value * 2 if value.is_floating_point() else value for name, value in state.items()}
+    for change, message in (
+        ({"fc.filters": state["fc.filters"].flip(0)}, r"fc\.filters differs"),
+        ({"head.filters": torch.ones(1)}, "it has 1 that the model does not: head.filters"),
+        ({"fc.other": torch.ones(1)}, r"Unexpected key\(s\).*fc\.other"),
+    ):
+        torch.save(doubled | change, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match=rf"(?s)wrong\.pth .*{message}"):
+            models_zoo.load_checkpoint(into, tmp_path / "wrong.pth")
+        assert all(torch.equal(value, before[name]) for name, value in into.state_dict().items())
+    torch.save({n: v for n, v in doubled.items() if n != "fc.inputs"}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"(?s)does not fit this model: .*Missing key\(s\).*fc\._extra_state"):
+        models_zoo.load_checkpoint(into, tmp_path / "wrong.pth")

@@ -23,6 +23,7 @@ from passes.errors import InputError
 from passes.examples import Arguments, shapes_of
 from passes.facts import Region
 from passes.regions import find_regions
+from passes.splitting import split
 from passes.tandem import Pair
 from passes.values import leaves, tensors_in
 
@@ -51,7 +52,9 @@ def walkable_regions(
     twins = {region.path: region for region in _regions(work, batches[0], leaves)}
     for region in _in_order(quiet, [region for region in parts if region.path in twins], batches[0]):
         pairs = _Pairs((quiet, work), region.path, batches) if region.path else [(each, each) for each in batches]
-        yield region.path, region.graphs["eval"], twins[region.path].graphs["eval"], pairs
+        theirs, mine = region.graphs["eval"], twins[region.path].graphs["eval"]
+        split(theirs, mine, work.get_submodule(region.path))
+        yield region.path, theirs, mine, pairs
 
 
 def _regions(model: nn.Module, example: Arguments, leaves: Collection[str]) -> tuple[Region, ...]:

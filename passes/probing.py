@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from passes.copying import shadow
-from passes.layers.custom import layer_call, operation_on
+from passes.layers.custom import LayerCall, layer_call, operation_on
 from passes.random_state import preserved_random_state
+from passes.values import mapped
 
 Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
 
@@ -31,34 +31,52 @@ def misuse(layer: nn.Module, calls: Iterable[Arguments]) -> str | None:
         layer: the layer; it is neither run nor changed.
         calls: what it is called with; if nothing is known, an input is guessed.
     """
-    twin: Any = shadow(layer)
-    for args, kwargs in list(calls) or [((_guess(layer),), {})]:
+    for arguments in list(calls) or [((_guess(layer),), {})]:
         for training in (False, True):
-            uses = _Uses(twin.train(training).weight)
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            given = pytree.tree_map(
-                lambda x, mode=mode: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs)
-            )
             try:
-                with preserved_random_state(), torch.no_grad(), mode, uses:
-                    twin(*given[0], **given[1])
+                uses = _run(layer, arguments, training)
             except Exception as error:
                 why = str(error).partition("\n")[0] or type(error).__name__
-                return f"its code can't be traced, nor run on {_shapes(args)}: {why}"
+                return f"its code can't be traced, nor run on {_shapes(arguments[0])}: {why}"
             if uses.other is not None:
                 return f"its weight is computed first, by {uses.other!r}"
-            if uses.calls != [1]:
-                return f"its weight is used {len(uses.calls)} times" if len(uses.calls) != 1 else "its call has groups"
+            if len(uses.calls) != 1:
+                return f"its weight is used {len(uses.calls)} times"
+            if uses.calls[0].groups != 1:
+                return "its call has groups"
     return None
 
 
+def call_of(layer: nn.Module) -> LayerCall | None:
+    """The one call in eval mode that the weight of a layer goes into, on a guessed input; None if it isn't so.
+
+    Its bias is the layer's own, or None.
+    """
+    try:
+        uses = _run(layer, ((_guess(layer),), {}), training=False)
+    except Exception:
+        return None
+    call = uses.calls[0] if len(uses.calls) == 1 and uses.other is None else None
+    return call if call is not None and (call.bias is None or call.bias is layer.bias) else None
+
+
+def _run(layer: nn.Module, arguments: Arguments, training: bool) -> _Uses:
+    """Run a layer on fake tensors, and see how it uses its weight."""
+    twin: Any = shadow(layer).train(training)
+    uses, mode = _Uses(twin.weight), FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = mapped(arguments, mode.from_tensor)
+    with preserved_random_state(), torch.no_grad(), mode, uses:
+        twin(*args, **kwargs)
+    return uses
+
+
 class _Uses(TorchFunctionMode):
-    """Notes how `weight` is used: the groups of each call that it is the weight of, and the first other operation."""
+    """Notes how `weight` is used: the calls that it is the weight of, and the first other operation."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
-        self.calls: list[int] = []
+        self.calls: list[LayerCall] = []
         self.other: str | None = None
 
     def __torch_function__(
@@ -66,7 +84,7 @@ class _Uses(TorchFunctionMode):
     ) -> Any:
         call = layer_call(func, args, kwargs or {})
         if call is not None and call.weight is self.weight and call.input is not self.weight:
-            self.calls.append(call.groups)
+            self.calls.append(call)
         else:
             self.other = self.other or operation_on(self.weight, func, args, kwargs)
         return func(*args, **(kwargs or {}))

@@ -301,7 +301,7 @@ def test_a_dense_subclass_is_cut_too():
     assert sgfx.verify(model, small, IMAGES).max_error < 1e-13
 
 
-@pytest.mark.parametrize("make", TRACED.values(), ids=TRACED)
+@every_layer
 def test_calibrated(make):
     model, small = compiled(make, ratio=0.5)
     data = torch.randn(64, 3, 16, 16, dtype=torch.float64)
@@ -312,10 +312,23 @@ def test_calibrated(make):
     assert not torch.equal(small.layer.weight, kept)
 
 
-def test_calibration_says_what_it_can_not_reach():
-    model, small = compiled(UNTRACEABLE["dynamic"])
-    with pytest.warns(UserWarning, match="not calibrated.*layer"):
-        sgfx.calibrate(model, small, IMAGES)
+@pytest.mark.parametrize("size", [7, 8])
+def test_calibration_finds_the_same_weights_behind_untraceable_code(size):
+    """The same network, with what its code computes for this size written down."""
+    model = dense(UNTRACEABLE["dynamic"])
+    model.stem.padding = (1, 1)
+    left = (size % 2 == 1) * 1  # of the padding; on the right there is one anyway
+    written = copy.deepcopy(model)
+    written.layer = nn.Conv2d(16, 16, 3, 2)
+    written.stem = nn.Sequential(model.stem, nn.ReLU(), nn.ZeroPad2d((left, 1, left, 1)))
+    written.double().load_state_dict({k.replace("stem", "stem.0"): v for k, v in model.state_dict().items()})
+    data = torch.randn(8, 3, size, size, dtype=torch.float64)
+    assert difference(model, written, data) < 1e-14
+    found = [sgfx.calibrate(each, sgfx.compile(each, groups=4, ratio=0.6), data) for each in (model, written)]
+    for path in ("layer", "next", "last"):
+        mine, theirs = (each.get_submodule(path) for each in found)
+        torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(mine.bias, theirs.bias, rtol=1e-9, atol=1e-11)
 
 
 def test_reports_count_the_blocks():

@@ -58,7 +58,8 @@ class Masked(Structured):
         return torch.where(mask.view(*mask.shape, *[1] * (self.weight.dim() - 2)), self.weight, 0.0)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the mask that was loaded, where no plan says yet what is masked."""
+        """Take over a mask where no plan says yet what is masked; elsewhere refuse another one."""
+        super().set_extra_state(state)
         if plan_of(self) is None:
             self._set_structure(decode(state, self._shape()))
 

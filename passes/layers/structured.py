@@ -66,7 +66,9 @@ class Structured(nn.Module):
         return as_tensor(self._code)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: what is loaded was compared with the structure before anything was copied."""
+        """Refuse another structure: what a state dict brings was compared before, what hooks put into it was not."""
+        if (problem := self._difference(decode(state, self._shape()))) is not None:
+            raise InputError(problem)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse weights of another structure: they may have the same shapes and another meaning."""

@@ -27,17 +27,33 @@ _HOMES = ("torch", "torchvision", "passes", "operator", "_operator", builtins.__
 
 
 class WriteWatch(TorchDispatchMode):
-    """Sees which storages operations write to while it is entered; ``seen`` holds those since it was last cleared."""
+    """Sees which storages operations write to while it is entered.
+
+    Args:
+        most: more operations than these, since `start`, are an error; None sets no limit.
+
+    Attributes:
+        seen: the storages written to since `start`.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
         """Nothing is seen yet."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._most = most
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was seen."""
         self.seen: set[int] = set()
+        self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Note what one operation writes to, and run it."""
+        self._count += 1
+        if self._most is not None and self._count > self._most:
+            raise RuntimeError(f"it takes more than {self._most} operations")
         kwargs, arguments = kwargs or {}, getattr(getattr(func, "_schema", None), "arguments", ())
         given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
         statistics = ("running_mean", "running_var") if given.get("training", given.get("train")) else ()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
 
@@ -34,16 +34,19 @@ USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
     2: [(224, 224), (32, 32), (299, 299), (64, 64), (256, 256)],
     3: [(16, 112, 112), (16, 224, 224), (8, 64, 64)],
 }
+MOST = 500  # operations of a node for guessed inputs, some hundredths of a second: code may loop over every pixel
 
 
-def propagate_shapes(graph: fx.GraphModule, inputs: tuple[object, ...]) -> None:
+def propagate_shapes(graph: fx.GraphModule, inputs: tuple[object, ...], most: int | None = None) -> None:
     """Note the value of each node of `graph` for `inputs`, as a fake tensor, under ``meta["val"]``.
+
+    A node that takes more than `most` operations counts as one that the inputs do not fit; None sets no limit.
 
     Raises:
         InputError: the inputs do not fit; says at which layer.
     """
     with preserved_random_state(), _quiet():
-        _ShapePropagation(graph).propagate(inputs)
+        _ShapePropagation(graph).propagate(inputs, most)
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def find_shapes(graph: fx.GraphModule, inputs: tuple[object, ...] | None) -> boo
         return True
     for each in _guesses(graph) if inputs is None else (inputs, _twice(inputs)):
         try:
-            propagate_shapes(graph, each)
+            propagate_shapes(graph, each, MOST if inputs is None else None)
         except InputError:
             continue
         return True
@@ -129,8 +132,8 @@ class Interpreter(fx.Interpreter):
 class _ShapePropagation(Interpreter):
     """Runs a graph on fake tensors and notes each node's value."""
 
-    def propagate(self, inputs: tuple[object, ...]) -> None:
-        """Propagate the shapes of `inputs` through the graph."""
+    def propagate(self, inputs: tuple[object, ...], most: int | None) -> None:
+        """Propagate the shapes of `inputs` through the graph, by at most `most` operations for each node."""
         self.extra_traceback = False  # or fx appends its own words to our messages
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = mapped(inputs, mode.from_tensor)
@@ -138,7 +141,7 @@ class _ShapePropagation(Interpreter):
         if len(fakes) > len(expected):
             raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
         self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for _, x in leaves(inputs)]
-        self._watch, self._known = WriteWatch(), set[int]()
+        self._watch, self._known = WriteWatch(most), set[int]()
         with mode, torch.no_grad(), self._watch:
             self.run(*fakes)
 
@@ -151,11 +154,13 @@ class _ShapePropagation(Interpreter):
             return torch.empty_like(args[0])
         if isinstance(module, Grouped) and is_as_torch_made_it(module):
             return module.with_weight(args[0], args[0].new_empty(module._dense_shape))
+        if isinstance(module, nn.RNNBase) and is_as_torch_made_it(module) and args and isinstance(args[0], Tensor):
+            return _recurrent(module, args[0])
         return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node, and say where it was when shapes do not fit."""
-        self._watch.seen.clear()
+        self._watch.start()
         before = storages([node.meta["val"] for node in n.all_input_nodes])
         try:
             value = super().run_node(n)
@@ -168,6 +173,20 @@ class _ShapePropagation(Interpreter):
         note_written(n, self._watch.seen & self._known | replaced)
         self._known |= storages(value)
         return value
+
+
+def _recurrent(module: nn.RNNBase, x: Tensor) -> Any:
+    """What a recurrent layer gives for ``[L, features]`` or a batch of these; torch would compute step by step."""
+    if x.dim() not in (2, 3) or x.shape[-1] != module.input_size:
+        raise ValueError(f"it reads {module.input_size} features")
+    sides = 2 if module.bidirectional else 1
+    features = module.proj_size or module.hidden_size
+    batch = [x.shape[0 if module.batch_first else 1]] if x.dim() == 3 else []
+    hidden = x.new_empty(module.num_layers * sides, *batch, features)
+    state: Any = hidden
+    if module.mode == "LSTM":
+        state = hidden, x.new_empty(module.num_layers * sides, *batch, module.hidden_size)
+    return x.new_empty(*x.shape[:-1], sides * features), state
 
 
 def _plain(value: Any) -> Any:

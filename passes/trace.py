@@ -7,7 +7,8 @@
 3. torch's layers are leaves, and so are the compiler's own and those that the user names. Subclasses of torch's layers
    are opened where their code allows it (`passes.opening`), else leaves too.
 4. Arguments that have a default keep it, unless example inputs give them a value.
-5. Shapes come from fake tensors, never from running the model; every node of the eval graph has them under
+5. Calls are in one form (`calls`), whatever is given by keyword.
+6. Shapes come from fake tensors, never from running the model; every node of the eval graph has them under
    ``meta["val"]`` where example inputs were given.
 """
 
@@ -27,6 +28,7 @@ from torch.nn.modules import module as _hooks
 from torch.nn.modules.conv import _ConvNd
 
 from passes.as_torch_made_it import change_of
+from passes.calls import put_in_place
 from passes.copying import shadow
 from passes.errors import InputError
 from passes.facts import Region
@@ -42,6 +44,7 @@ from passes.opening import (
     traceable,
 )
 from passes.parameters import ParameterWatch
+from passes.python_names import make_callable
 from passes.random_state import preserved_random_state
 from passes.shapes import forget_shapes, propagate_shapes
 
@@ -164,6 +167,7 @@ class Tracing:
             ):
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
                 graph = tracer.trace(root, concrete_args=_defaults(root, given))
+                put_in_place(graph, root)
         except Exception as error:
             if tracer.refused is not None:  # so are its likes, very likely
                 kind = type(tracer.opening[tracer.refused])
@@ -180,6 +184,7 @@ class Tracing:
             raise failure from error
         plain, closed = open_layers(graph, opening, tracer.num_calls, tracer.read_outside)
         self.closed.update((join(path, each), reason) for each, reason in closed.items())
+        make_callable(graph)
         with replaced(root, plain | as_they_are(layers, plain)):
             return fx.GraphModule(tracer.root, graph), set(plain), watch.used
 

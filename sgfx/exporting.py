@@ -26,6 +26,7 @@ from passes.exportable import give_plain_outputs, make_exportable
 from passes.layers.grouped import Form
 from passes.layers.surgery import hook_dicts
 from passes.plan import plans
+from passes.python_names import rename_in_program
 from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
 from passes.values import mapped, tensors_in
@@ -172,6 +173,7 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedP
             f"torch.export can't export {type(model).__name__}: {why}\nExport a part of it, such as model.backbone"
             + (", or leave dynamic_batch out" if dynamic_batch else "")
         ) from error
+    rename_in_program(program)
     foreign = set()
     for graph in program.graph_module.modules():
         for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():

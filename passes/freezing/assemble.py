@@ -26,6 +26,7 @@ from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.manager import run_passes
 from passes.pipeline import ELIMINATION
+from passes.python_names import rename_keywords
 from passes.regions import find_regions
 from passes.shapes import find_shapes
 from passes.unit import Unit
@@ -136,6 +137,7 @@ def assembled(
 
 
 def _finished(graph: fx.GraphModule) -> fx.GraphModule:
+    rename_keywords(graph)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import _torchscript_schema_to_signature, get_signature_for_torch_op
 
@@ -24,14 +24,10 @@ _OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def put_in_place(graph: fx.Graph, root: nn.Module) -> None:
-    """Give the calls of a graph their arguments by position, in place; `root` has the modules that it calls."""
-    for node in graph.nodes:
-        if node.kwargs:
-            found = (by_position(each, node.args, node.kwargs) for each in _signatures(root, node))
-            call = next((call for call in found if call is not None), None)
-            if call is not None:
-                node.args, node.kwargs = call
+def in_place(root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a call in a graph, by position as far as they can be; `root` has the modules that are called."""
+    found = (by_position(each, args, kwargs) for each in _signatures(root, kind, target)) if kwargs else ()
+    return next((call for call in found if call is not None), (args, kwargs))
 
 
 def by_position(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -54,16 +50,16 @@ def by_position(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Map
     return args, rest
 
 
-def _signatures(root: nn.Module, node: fx.Node) -> Iterator[inspect.Signature]:
-    """How what a node calls takes its arguments; nothing of a user's function, or a module that was changed."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+def _signatures(root: nn.Module, kind: str, target: Any) -> Iterator[inspect.Signature]:
+    """How what is called takes its arguments; nothing of a user's function, or a module that was changed."""
+    if kind == "call_module":
+        module = root.get_submodule(target)
         if change_of(module) is None:
             yield inspect.signature(module.forward)
-    elif node.op == "call_method":
-        yield from _of_method(str(node.target))
-    elif node.op == "call_function":
-        yield from _of_function(node.target)
+    elif kind == "call_method":
+        yield from _of_method(target)
+    elif kind == "call_function":
+        yield from _of_function(target)
 
 
 def _of_function(function: Any) -> Iterator[inspect.Signature]:

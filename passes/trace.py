@@ -28,7 +28,7 @@ from torch.nn.modules import module as _hooks
 from torch.nn.modules.conv import _ConvNd
 
 from passes.as_torch_made_it import change_of
-from passes.calls import put_in_place
+from passes.calls import in_place
 from passes.copying import shadow
 from passes.errors import InputError
 from passes.facts import Region
@@ -167,7 +167,6 @@ class Tracing:
             ):
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
                 graph = tracer.trace(root, concrete_args=_defaults(root, given))
-                put_in_place(graph, root)
         except Exception as error:
             if tracer.refused is not None:  # so are its likes, very likely
                 kind = type(tracer.opening[tracer.refused])
@@ -277,6 +276,19 @@ class _Tracer(fx.Tracer):
             values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
             return self.create_node("call_function", type(a), (), values)
         return super().create_arg(a)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """Note a call in the form that all calls have."""
+        args, kwargs = in_place(self.root, kind, target, args, kwargs)
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Stand for what a node yields."""

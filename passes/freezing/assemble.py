@@ -97,7 +97,9 @@ def _alone(small: nn.Module, regions: Regions) -> Iterator[Part]:
         inputs, keywords = seen.get(path, {}).get("eval", ((), {}))
         if isinstance(layer, Grouped) and inputs and not keywords and regions.outside(path) is not None:
             graph = fx.Graph()
-            graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+            x = graph.placeholder("input")  # its name in the forwards of layers
+            x.meta["val"] = inputs[0]
+            graph.output(graph.call_module("layer", (x,)))
             yield Part(path, fx.GraphModule({"layer": Recipe(layer, path)}, graph), filled(inputs))
 
 

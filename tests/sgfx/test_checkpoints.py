@@ -206,3 +206,29 @@ def test_a_checkpoint_of_an_earlier_version_goes_into_a_compiled_model_or_leaves
     torch.save({n: v for n, v in doubled.items() if n != "fc.inputs"}, tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match=r"(?s)does not fit this model: .*Missing key\(s\).*fc\._extra_state"):
         models_zoo.load_checkpoint(into, tmp_path / "wrong.pth")
+
+
+class Same(nn.Conv2d):
+    """A convolution that pads by itself and has a norm inside."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        x = nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+        return torch.relu(self.norm(x))
+
+
+@pytest.mark.parametrize("eliminate", [False, True])
+def test_layers_with_code_of_their_own_are_opened_too(tmp_path, eliminate):
+    def model():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 16, 3), Same(16, 24, 3), Same(24, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(24, 10)).eval()
+
+    small = trained(sgfx.compile(model(), groups=4, ratio=0.7, eliminate=eliminate))
+    assert isinstance(small[1], Grouped)
+    assert bool(cuts(small)) == eliminate
+    into = opened({"model": small.state_dict()}, tmp_path, model())
+    assert torch.equal(into(IMAGES), small(IMAGES))

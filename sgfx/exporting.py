@@ -7,17 +7,16 @@ a file that computes something else is not written. ONNX files are run in ONNX R
 from __future__ import annotations
 
 import copy
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
+from torch.export import ExportedProgram
 
 from passes.comparing import distance, kinds, rounding
 from passes.copying import shadow
@@ -31,10 +30,9 @@ from passes.random_state import preserved_random_state
 from passes.settings import as_inputs, check_model
 from passes.values import mapped, tensors_in
 from sgfx.compiler import eliminated
+from sgfx.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
+from sgfx.varying import Inputs, other_inputs, widened, without_names
 from sgfx.writing import replacing
-
-Inputs: TypeAlias = tuple[Any, ...]
-Run: TypeAlias = Callable[[Inputs], list[Tensor]]
 
 DEFAULT_FORM: Form = "dense"  # the faster one in ONNX Runtime: python -m benchmarks.export_forms
 
@@ -75,7 +73,10 @@ def export(
     example_inputs: Tensor | tuple[object, ...],
     *,
     form: Form | None = None,
-    dynamic_batch: bool = False,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
 ) -> Exported:
     """Write a model as a self-contained program, in eval mode, on the CPU: ``.pt2`` (torch.export) or ``.onnx``.
 
@@ -87,7 +88,12 @@ def export(
         example_inputs: a tensor or a tuple of positional arguments.
         form: ``"dense"`` (zeros in place of pruned weights, the library's speed) or ``"blocks"`` (a small file, the
             paper's deployment); None means the one that is faster in ONNX Runtime.
-        dynamic_batch: let the first dimension vary, of all inputs that have as many rows as the first tensor.
+        opset: of ONNX; None means torch.onnx's own choice.
+        input_names, output_names: names for all tensors that the ONNX file takes and gives, in order.
+        dynamic_shapes: which sizes may vary, as torch.export and torch.onnx take it: for each input, by position or
+            name, dimensions with a ``torch.export.Dim``, ``Dim.DYNAMIC``, ``Dim.AUTO`` or a name:
+            ``({0: "batch"},)``. A dimension that has one entry in `example_inputs` is exported with two. The file is
+            compared with the model at smaller and larger sizes too.
 
     Returns:
         What was written, with the largest difference between its outputs and the model's.
@@ -102,23 +108,30 @@ def export(
     if form not in (None, "dense", "blocks"):
         raise InputError(f"form must be 'dense', 'blocks' or None, not {form!r}")
     check_model(small)
+    if not isinstance(dynamic_shapes, Mapping | tuple | list | None):
+        raise TypeError(f"dynamic_shapes must be a tuple or dict with an entry for each input, not {dynamic_shapes!r}")
+    options = OnnxOptions(opset, input_names, output_names, dynamic_shapes)
+    options.check(suffix)
     given = as_inputs(example_inputs)
     if given is None:
         raise TypeError("example_inputs must be a tensor or a tuple of positional arguments, not None")
     with preserved_random_state(), torch.no_grad():
         model = copy.deepcopy(shadow(small)).cpu().requires_grad_(False).eval()
         inputs = mapped(given, lambda x: x.detach().cpu().clone())
-        batches = _batches(inputs) if dynamic_batch else [inputs]
-        expected = [_outputs(model, batch) for batch in batches]
-        if plans(model):  # what nobody reads is not worth a place in a file
-            eliminated(model, inputs)
-        make_exportable(model, form or DEFAULT_FORM)
-        give_plain_outputs(model)
-        program = _program(model, batches[0], dynamic_batch)
+        options.check_counts(tensors_in(inputs), _outputs(model, inputs))
+        twin = shadow(model)
+        if plans(twin):  # what nobody reads is not worth a place in a file
+            eliminated(twin, inputs)
+        make_exportable(twin, form or DEFAULT_FORM)
+        if dynamic_shapes is not None:
+            inputs = _widened(model, inputs, dynamic_shapes)
+        give_plain_outputs(twin)
+        program = _program(twin, inputs, dynamic_shapes)
+        every = [inputs, *_at_other_sizes(model, program, inputs, path)]
         with replacing(path) as temporary:
-            run = _FORMATS[suffix](program, temporary)
+            run = _FORMATS[suffix](program, temporary, options)
             size = temporary.stat().st_size
-            compared = [_compare(run(batch), outputs, path) for batch, outputs in zip(batches, expected, strict=True)]
+            compared = [_compare(run(each), _outputs(model, each), path) for each in every]
     difference, largest = max(each[0] for each in compared), max(each[1] for each in compared)
     return Exported(Path(path), form or DEFAULT_FORM, size, difference, largest, _hooked(small))
 
@@ -132,24 +145,16 @@ def _hooked(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _batches(inputs: Inputs) -> list[Inputs]:
-    """Inputs of three batch sizes: first those to export from, of at least 2 rows (1 would be taken for a constant)."""
-    rows = next((len(x) for x in tensors_in(inputs) if x.dim()), 0)
-    if not rows:
-        raise InputError("dynamic_batch needs an example input whose first dimension is the batch")
-
-    def times(inputs: Inputs, count: int) -> Inputs:
-        return mapped(inputs, lambda x: torch.cat([x] * count) if _is_batch(x, rows) else x)
-
-    one = mapped(inputs, lambda x: x[:1] if _is_batch(x, rows) else x)
-    return [inputs if rows > 1 else times(inputs, 2), one, times(inputs, 3)]
+def _widened(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Inputs:
+    """Inputs with two entries where one would be taken for a constant, if the model takes them."""
+    with suppress(Exception):  # what is wrong with dynamic_shapes, torch.export says better
+        more = widened(model, inputs, dynamic_shapes)
+        model(*mapped(more, Tensor.clone))
+        return more
+    return inputs
 
 
-def _is_batch(x: object, rows: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows
-
-
-def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The tensors among the outputs, in order."""
     try:
         outputs = model(*mapped(inputs, Tensor.clone))
@@ -159,19 +164,16 @@ def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     return tensors_in(outputs)
 
 
-def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedProgram:
-    shapes = None
-    if dynamic_batch:
-        batch = Dim("batch")
-        rows = next(len(x) for x in tensors_in(inputs) if x.dim())
-        shapes = pytree.tree_map(lambda x: {0: batch} if _is_batch(x, rows) else None, inputs)
+def _program(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
     try:
-        program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        with quiet():
+            shapes = without_names(dynamic_shapes)
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        why = str(error).strip().partition("\n")[0]
+        fixed = ", or change dynamic_shapes" if dynamic_shapes is not None else ""
         raise InputError(
-            f"torch.export can't export {type(model).__name__}: {why}\nExport a part of it, such as model.backbone"
-            + (", or leave dynamic_batch out" if dynamic_batch else "")
+            f"torch.export can't export {type(model).__name__}: {reason_of(error)}\n"
+            f"Export a part of it, such as model.backbone{fixed}"
         ) from error
     rename_in_program(program)
     foreign = set()
@@ -185,43 +187,28 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedP
     return program
 
 
-def _write_pt2(program: ExportedProgram, file: Path) -> Run:
-    content = io.BytesIO()  # on a full disk torch's own writer of files ends the process
-    torch.export.save(program, content)
-    file.write_bytes(content.getbuffer())
-    module = torch.export.load(file).module()
-    return lambda inputs: _outputs(module, inputs)
+_FORMATS = {".pt2": write_pt2, ".onnx": write_onnx}
 
 
-def _write_onnx(program: ExportedProgram, file: Path) -> Run:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"writing ONNX needs {error.name}: pip install 'sgfx[onnx]'") from error
-    try:
-        made = torch.onnx.export(program, (), dynamo=True, verbose=False, external_data=False)
-    except Exception as error:
-        why = str(error).strip().partition("\n")[0]
-        raise InputError(f"torch.onnx can't convert the model: {why}") from error
-    assert made is not None
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in made.model.graph.all_nodes() if node.domain})
-    if foreign:
-        raise InputError(f"the model needs operations that ONNX does not have: {foreign}")
-    for node in made.model.graph.all_nodes():
-        node.metadata_props.clear()  # classes, and places on this machine
-    made.save(file, external_data=False)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(inputs: Inputs) -> list[Tensor]:
-        tensors = [x.numpy() for x in tensors_in(inputs)]
-        return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, tensors, strict=True)))]
-
-    return run
-
-
-_FORMATS: dict[str, Callable[[ExportedProgram, Path], Run]] = {".pt2": _write_pt2, ".onnx": _write_onnx}
+def _at_other_sizes(
+    model: nn.Module, program: ExportedProgram, inputs: Inputs, path: str | os.PathLike[str]
+) -> list[Inputs]:
+    """Smaller and larger inputs that both the model and the program take; none where nothing varies."""
+    run, tried = program.module(), 0
+    found: dict[str, Inputs] = {}
+    for kind, other in other_inputs(program, inputs):
+        tried += 1
+        if kind not in found:
+            with suppress(Exception):  # such as a picture that is smaller than a kernel, or not a multiple of 32
+                model(*mapped(other, Tensor.clone))
+                run(*mapped(other, Tensor.clone))
+                found[kind] = other
+    if tried and not found:
+        raise InputError(
+            f"{path} was not written: nothing near the sizes of example_inputs is one that both the model and what was "
+            "exported take, so dynamic_shapes can't be checked. Give each Dim a min and max, or let fewer vary"
+        )
+    return list(found.values())
 
 
 def _compare(actual: list[Tensor], expected: list[Tensor], path: str | os.PathLike[str]) -> tuple[float, float]:

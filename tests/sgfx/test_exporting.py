@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import sgfx
@@ -79,7 +80,7 @@ def test_a_file_computes_what_the_model_does(tmp_path, suffix, form):
 def test_the_batch_varies_on_request_even_from_an_example_of_one(tmp_path, suffix, form):
     small = compiled().eval()
     path = tmp_path / f"small{suffix}"
-    sgfx.export(small, path, IMAGES[:1], form=form, dynamic_batch=True)
+    sgfx.export(small, path, IMAGES[:1], form=form, dynamic_shapes=({0: "batch"},))
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 8, 8)
         torch.testing.assert_close(run(path, images)[0], small(images).detach(), rtol=1e-5, atol=1e-6)
@@ -93,7 +94,7 @@ def test_a_group_without_inputs_yields_its_bias(tmp_path, suffix):
             layer.weight[:4] *= 1e-3
     small = compiled(model, groups=2, ratio=0.5)
     assert (4, 0) in sgfx.plans(small)["1"].block_sizes
-    sgfx.export(small, tmp_path / f"small{suffix}", IMAGES, form="blocks", dynamic_batch=True)
+    sgfx.export(small, tmp_path / f"small{suffix}", IMAGES, form="blocks", dynamic_shapes=({0: Dim("batch")},))
     torch.testing.assert_close(run(tmp_path / f"small{suffix}", IMAGES)[0], small(IMAGES).detach())
 
 
@@ -243,7 +244,14 @@ class OneOnly(Net):
     [
         (AtRandom, {}, "was not written: an output differs from the model's by .* compute at random in eval mode"),
         (Branching, {}, r"torch.export can't export Branching: .*\nExport a part of it, such as model.backbone"),
-        (OneOnly, {"dynamic_batch": True}, r"do not fit the model in eval mode"),
+        (
+            OneOnly,
+            {"dynamic_shapes": ({0: Dim("batch")},)},
+            r"can't export OneOnly: Constraints violated \(batch\)! - .*specialized.* Suggested fixes: batch = 2\n"
+            "Export a part of it, such as model.backbone, or change dynamic_shapes",
+        ),
+        (Net, {"dynamic_shapes": {"y": {0: "batch"}}}, r"top-level keys must be the arg names \['x'\] of `inputs`"),
+        (Net, {"opset": 20}, r"opset are for .onnx files: a .pt2 file has none"),
         (Net, {"form": "sparse"}, "form must be 'dense', 'blocks' or None, not 'sparse'"),
     ],
 )
@@ -279,8 +287,8 @@ def test_paths_and_inputs_are_checked(tmp_path):
         sgfx.export(small, tmp_path / "small.pt2", torch.zeros(2, 4, 8, 8))
     with pytest.raises(TypeError, match=r"example_inputs must be a tensor or a tuple"):
         sgfx.export(small, tmp_path / "small.pt2", None)
-    with pytest.raises(sgfx.InputError, match=r"dynamic_batch needs an example input whose first dimension"):
-        sgfx.export(small, tmp_path / "small.pt2", (3,), dynamic_batch=True)
+    with pytest.raises(TypeError, match=r"dynamic_shapes must be a tuple or dict with an entry for each input, not 3"):
+        sgfx.export(small, tmp_path / "small.pt2", IMAGES, dynamic_shapes=3)
 
 
 def test_a_missing_exporter_is_named(tmp_path, monkeypatch):

@@ -88,7 +88,11 @@ def test_the_api_is_word_for_word(function):
         (sgfx.verify, "(dense, small, example_inputs)"),
         (sgfx.save, "(small, path)"),
         (sgfx.load, "(path, *, into)"),
-        (sgfx.export, "(small, path, example_inputs, *, form=None, dynamic_batch=False)"),
+        (
+            sgfx.export,
+            "(small, path, example_inputs, *, form=None, opset=None, input_names=None, output_names=None, "
+            "dynamic_shapes=None)",
+        ),
         (sgfx.freeze, "(model, example_inputs, *, strategy=None, decisions=None)"),
         (sgfx.calibrate, "(dense, small, data)"),
         (sgfx.distill, "(dense, small, data, *, steps=400, lr=0.001)"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from passes.copying import shadow
 from passes.cut import Cut, cut_of, is_depthwise
 from passes.errors import InputError
+from passes.layers.custom import is_custom
 from passes.plan import LayerPlan, plan_of
 from passes.structure import transient
 
@@ -59,8 +60,11 @@ def rows_by_name(dense: nn.Module, small: nn.Module) -> dict[str, Tensor]:
     for name, tensor in [*dense.named_parameters(), *dense.named_buffers()]:
         module = _module(small, name.rpartition(".")[0])
         plan, cut = (None, Cut()) if module is None else (plan_of(module), cut_of(module))
-        if is_depthwise(dense.get_submodule(name.rpartition(".")[0])):
+        owner = dense.get_submodule(name.rpartition(".")[0])
+        if is_depthwise(owner):
             cut = Cut(cut.outputs)  # the second dimension of its weight is 1, and stays
+        if is_custom(owner) and name.rpartition(".")[2] not in ("weight", "bias"):
+            cut = Cut()  # what else it holds is whole
         is_weight = name.rpartition(".")[2] == "weight"
         found[name] = kept_rows(tensor.shape, plan if is_weight else None, cut)
     return found

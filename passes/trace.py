@@ -319,6 +319,8 @@ class _Tracer(fx.Tracer):
             if self.refused is None and name in self.opening:
                 self.refused = name
             raise
+        if name in self.opening:
+            fx.node.map_aggregate(result, lambda x: _add(x, path))
         if path in self._hooked:
             fx.node.map_aggregate((args, kwargs, result), lambda x: _expose(x, path))
         return result
@@ -332,6 +334,11 @@ def has_global_hooks() -> bool:
 def _expose(value: object, path: str) -> None:
     if isinstance(value, fx.Proxy):
         value.node.meta["exposed"] = f"a hook on {path!r}"
+
+
+def _add(value: object, path: str) -> None:
+    if isinstance(value, fx.Proxy):
+        value.node.meta["given_by"] = (*value.node.meta.get("given_by", ()), path)
 
 
 def join(path: str, name: str) -> str:

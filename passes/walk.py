@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -66,6 +67,8 @@ class _Walk:
                 self._check(node, labels)
             except Exception as error:  # an unusual call of a known operation: as if it were unknown
                 labels = self._give_up(node, str(error) if isinstance(error, rules.NotUnderstoodError) else "")
+            for path in node.meta.get("given_by", ()):
+                self._check_given(path, labels)
             if (reason := node.meta.get("exposed")) is not None:
                 self._expose(labels, f"seen by {reason}")
                 labels = _unknown(node)
@@ -159,6 +162,18 @@ class _Walk:
         if is_depthwise(module):
             self.channels.tie(site.slots, site.reads[-1])
         return along(site.slots, value.shape, from_end)
+
+    def _check_given(self, path: str, labels: Any) -> None:
+        """Hold the channels of a custom layer that does not give its filters in their order: hooks count on that."""
+        site = self.channels.sites.get(path)
+        if site is None or site.slots is None:
+            return
+        if isinstance(labels, Tensor):
+            dim = channel_dim(site.module, labels.dim())
+            alike = 0 <= dim < labels.dim() and labels.shape[dim] == len(site.slots)
+            if alike and torch.equal(compact(labels), compact(along(site.slots, labels.shape, dim - labels.dim()))):
+                return
+        self.channels.hold(site.slots, "given in another order by the layer's own code")
 
     def _argument(self, node: fx.Node) -> Any:
         labels = self.labels[node]

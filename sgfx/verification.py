@@ -27,7 +27,7 @@ from passes.plan import LayerPlan
 from passes.random_state import preserved_random_state, seed_all
 from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.settings import as_inputs
-from passes.values import Plain, comparable, mapped
+from passes.values import Plain, comparable, mapped, tensors_in
 from sgfx.reporting import plans_of_pair
 
 
@@ -191,7 +191,7 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
     layers: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def note(path: str) -> Any:  # clones, since what comes next may work in place
-        return lambda _, args, output: layers[path].append(output.detach().clone())
+        return lambda _, args, output: layers[path].extend(x.detach().clone() for x in tensors_in(output))
 
     handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
     model.train(training)

@@ -120,6 +120,41 @@ class LowRank(nn.Linear):
         return own * self.gate(x).sigmoid() + x @ self.down.T @ self.up.T
 
 
+class Scaling(nn.Conv2d):
+    """Scales what it reads by a buffer and what it gives by a parameter."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("before", torch.rand(self.in_channels, 1, 1) + 0.5)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return super().forward(x * self.before) * self.gain
+
+
+class Flipping(nn.Conv2d):
+    """Gives its filters in another order."""
+
+    def forward(self, x):
+        return super().forward(x).flip(1)
+
+
+class BothSigns(nn.Conv2d):
+    """Gives each filter twice."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cat([y, -y], 1)
+
+
+class WithMean(nn.Conv2d):
+    """Gives two tensors."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.mean()
+
+
 class Counting(nn.Conv2d):
     """Keeps a buffer and an attribute that its forward changes."""
 

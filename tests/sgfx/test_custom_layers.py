@@ -28,6 +28,9 @@ TRACED = {
     "named": lambda: layers.Named(16),
     "bias": lambda: layers.BiasApart(16, 16, 3),
     "counting": lambda: layers.Counting(16, 16, 3),
+    "scaling": lambda: layers.Scaling(16, 16, 3),
+    "flipping": lambda: layers.Flipping(16, 16, 3),
+    "both signs": lambda: layers.BothSigns(16, 8, 3),
 }
 UNTRACEABLE = {
     "dynamic": lambda: layers.SameDynamic(16, 16, 3, 2),
@@ -292,6 +295,21 @@ def test_elimination_cuts_a_subclass_with_the_norm_inside():
     assert len(small.layer.norm.running_mean) == left
     assert small.layer.in_channels == small.stem.out_channels < 16
     assert sgfx.verify(model, small, IMAGES).max_error < 1e-13
+
+
+def test_layers_that_give_several_tensors():
+    class Two(Around):
+        def forward(self, x):
+            y, mean = self.layer(self.stem(x).relu())
+            return self.last(self.next(y).relu().mean((2, 3))) + mean
+
+    torch.manual_seed(0)
+    model = Two(layers.WithMean(16, 16, 3)).double()
+    for options in ({"ratio": 0.6}, {"ratio": 0.9, "eliminate": True}):
+        small = sgfx.compile(model, groups=4, **options)
+        assert sgfx.plans(small)["layer"].grouped
+        assert sgfx.verify(model, small, IMAGES).max_error < 1e-13
+        assert difference(sgfx.freeze(small, IMAGES, strategy="library"), small.eval()) < 1e-13
 
 
 def test_a_dense_subclass_is_cut_too():

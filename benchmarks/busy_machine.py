@@ -92,12 +92,10 @@ def report(times: dict[str, list[float]]) -> None:
         quiet = times[f"0 busy processes, freezing {name.rpartition(' ')[2]}"]
         low, middle, high = statistics.quantiles([a / b for a, b in zip(each, quiet, strict=True)], n=4)
         worst = max(worst, middle)
-        print(
-            f"{name}: {1000 * statistics.median(each):.2f} ms, {middle:.2f} of quiet (quartiles {low:.2f} to {high:.2f})"
-        )
-    print(
-        f"at most {worst:.2f} of the form frozen in quiet; must be at most {MOST}: {'reached' if worst <= MOST else 'MISSED'}"
-    )
+        quartiles = f"quartiles {low:.2f} to {high:.2f}"
+        print(f"{name}: {1000 * statistics.median(each):.2f} ms, {middle:.2f} of quiet ({quartiles})")
+    verdict = "reached" if worst <= MOST else "MISSED"
+    print(f"at most {worst:.2f} of the form frozen in quiet; must be at most {MOST}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import settings
 
 from passes.freezing.stopwatch import Stopwatch
 
 # The tensors of the tests are small: on a busy machine, threads that wait for each other cost more than they save.
 torch.set_num_threads(1)
+# How long an example takes says nothing there, either.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @dataclass

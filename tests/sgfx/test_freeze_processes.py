@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,14 @@ def frozen():
     return sgfx.freeze(small, IMAGES, strategy="kernel" if supported() is None else "library")
 
 
-def resident():
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def alive():
+    """How many tensors there are, the bytes that they hold, and those of all other objects of Python and numpy."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return len(tensors), sum(storages.values()), tracemalloc.get_traced_memory()[0]
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_thousand_calls_leave_nothing_behind(frozen):
     images = [torch.randn(1, 3, 16 + index, 20) for index in range(4)]
 
@@ -36,14 +39,17 @@ def test_a_thousand_calls_leave_nothing_behind(frozen):
         with torch.no_grad():
             for index in range(times):
                 frozen(images[index % 4])
-        gc.collect()
-        return sum(type(each) is torch.Tensor for each in gc.get_objects()), resident()
+        return alive()
 
-    call(100)
-    tensors, before = call(100)
-    after_tensors, after = call(1000)
-    assert after_tensors == tensors
-    assert after - before < 2**20  # a picture and what is made of it are some 100 KB
+    tracemalloc.start()
+    try:
+        call(100)
+        tensors, numbers, objects = call(100)
+        after = call(1000)
+    finally:
+        tracemalloc.stop()
+    assert after[:2] == (tensors, numbers)
+    assert after[2] - objects < 2**15  # 32 bytes a call
 
 
 SCRIPT = """

@@ -14,6 +14,7 @@ from passes.copying import unhooked_copy
 from passes.cut import cuts
 from passes.errors import InputError
 from passes.examples import Arguments, read_examples
+from passes.foreign_data import SeenNorm, seen_by_norms
 from passes.layers.grouped import Grouped
 from passes.pairing import walkable_regions
 from passes.plan import layer_shape, plans
@@ -22,6 +23,7 @@ from passes.settings import check_model
 from passes.trace import join
 
 M = TypeVar("M", bound=nn.Module)
+FOREIGN = 0.05  # mean divergence of norms; docs/accuracy.md has that of own and of foreign images
 
 
 def calibrate(dense: nn.Module, small: M, data: Any) -> M:
@@ -29,7 +31,8 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
 
     No labels and no training. Changed are the weights and biases of regrouped layers, and the running mean of the norm
     behind a layer without a bias. Both models are run in eval mode, on copies without hooks. Layers that can't be
-    reached keep their weights, and a warning names them.
+    reached keep their weights, and a warning names them. Another warning says where the data do not look like what the
+    model was trained on, which shows in its batch norms alone.
 
     Args:
         dense: the model before `sgfx.compile`; it is not changed.
@@ -60,6 +63,7 @@ def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: C
     """
     work = unhooked_copy(small)  # all graphs that are made of it share its parameters
     with preserved_random_state():
+        _warn_of_foreign_data(seen_by_norms(dense, batches))
         changed = _calibrated(dense, work.eval(), batches, leaves)
     # A tensor that two modules share has two names.
     tensors = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
@@ -98,6 +102,20 @@ def _calibrated(
             holder, _, leaf = join(path, name).rpartition(".")
             getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
     return changed
+
+
+def _warn_of_foreign_data(norms: list[SeenNorm]) -> None:
+    mean = sum(norm.divergence for norm in norms) / max(len(norms), 1)
+    if mean > FOREIGN:
+        worst = max(norms, key=lambda norm: norm.divergence)
+        warnings.warn(
+            f"the data do not look like what the model was trained on: {len(norms)} norms see other statistics than "
+            f"they have learnt, with a divergence of {mean:.2f} on average (below {FOREIGN} on training images). Worst "
+            f"is {worst.path!r}: means {worst.shift:.1f} standard deviations off, variances {worst.spread:.2g} times "
+            "as large. The model is being fitted to these data, and may lose what it knows of others: give images "
+            "like those of the training, normalised in the same way",
+            stacklevel=4,
+        )
 
 
 def _warn_of_the_rest(small: nn.Module, changed: dict[str, Tensor]) -> None:

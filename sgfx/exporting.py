@@ -31,6 +31,7 @@ from passes.settings import as_inputs, check_model
 from passes.values import mapped, tensors_in
 from sgfx.compiler import eliminated
 from sgfx.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
+from sgfx.frozen import is_frozen
 from sgfx.varying import Inputs, other_inputs, widened, without_names
 from sgfx.writing import replacing
 
@@ -108,6 +109,11 @@ def export(
     if form not in (None, "dense", "blocks"):
         raise InputError(f"form must be 'dense', 'blocks' or None, not {form!r}")
     check_model(small)
+    if is_frozen(small):
+        raise InputError(
+            "small is a frozen model, made for this machine: export the one that it was made from. What runs the file "
+            "fuses and chooses for itself"
+        )
     if not isinstance(dynamic_shapes, Mapping | tuple | list | None):
         raise TypeError(f"dynamic_shapes must be a tuple or dict with an entry for each input, not {dynamic_shapes!r}")
     options = OnnxOptions(opset, input_names, output_names, dynamic_shapes)

@@ -6,13 +6,17 @@ A file holds tensors and plain data, never code. Plain checkpoints, which `load`
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from passes.adoption import adopt
 from passes.copying import copy_model
@@ -28,7 +32,7 @@ from passes.settings import check_model
 from passes.structure import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
 from sgfx.checkpoints import from_state_dict, is_torch_file, read_torch_file
 from sgfx.container import ANEW, brief, check_size, packed, unpacked
-from sgfx.frozen import decisions_in
+from sgfx.frozen import is_frozen
 from sgfx.reading import content_of
 from sgfx.writing import replacing
 
@@ -56,10 +60,10 @@ def save(small: nn.Module, path: str | os.PathLike[str]) -> None:
     _check_savable(small)
     if Path(path).suffix.lower() in (".onnx", ".pt2"):
         raise InputError(f"{path} would be no {Path(path).suffix[1:]} file but a safetensors one: use sgfx.export")
+    tensors = {name: _storable(name, tensor) for name, tensor in named_tensors(small).items()}
     structure = describe(small)
     if (decisions := decisions_of(small)) is not None:
         structure["decisions"] = decisions.to_dict()
-    tensors = {name: _storable(name, tensor) for name, tensor in named_tensors(small).items()}
     metadata = packed(structure, tensors)
     with replacing(path) as temporary:
         from safetensors.torch import save_file
@@ -100,6 +104,7 @@ def load(path: str | os.PathLike[str], *, into: M) -> M:
     file = Path(path)
     with torch.inference_mode(False):  # or what is made here could never be trained
         content = content_of(file)
+        _check_no_program(file, content)
         if is_torch_file(content):
             structure, tensors = None, read_torch_file(file, content)
         else:
@@ -128,7 +133,7 @@ def _rebuilt_whole(file: Path, into: M, structure: Record, tensors: dict[str, Te
 
 def _check_savable(small: nn.Module) -> None:
     check_model(small)
-    if decisions_in(small) is not None:
+    if is_frozen(small):
         raise InputError("small is a frozen model: save the one that it was made from; the decisions are kept with it")
     found = plans(small)
     if not found:
@@ -164,7 +169,36 @@ def _check_fresh(model: nn.Module) -> None:
             raise InputError(f"into has {name!r} {kind}, so it can't be written to. Make it an ordinary tensor")
 
 
+def _check_no_program(file: Path, content: bytes) -> None:
+    """Refuse what `sgfx.export` writes: it holds operations, not a model's modules."""
+    runs = {
+        ".pt2": "torch.export.load(path).module() runs it",
+        ".onnx": "a runtime such as ONNX Runtime runs it",
+    }
+    suffix = file.suffix.lower()
+    if content.startswith(b"PK\x03\x04"):
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(content)) as archive:
+            program = any(name.endswith("archive_format") for name in archive.namelist())
+            suffix = ".pt2" if program else suffix
+    if suffix in runs:
+        raise InputError(
+            f"{file} is a program in the format {suffix}, as sgfx.export writes it, not a model: {runs[suffix]}. To "
+            "load a model and train it further, write it with sgfx.save"
+        )
+
+
 def _storable(name: str, tensor: Tensor) -> Tensor:
+    if is_traceable_wrapper_subclass(tensor):
+        way = "save the model before it is made one"
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            way = (
+                "gather the parts of the distributed model (get_model_state_dict with full_state_dict=True, of "
+                "torch.distributed.checkpoint.state_dict), load them into a compiled one that is not distributed, and "
+                "save that, in one process"
+            )
+        raise InputError(f"{name!r} is a {type(tensor).__name__}, which a file of plain tensors can't hold: {way}")
+    if tensor.is_meta or tensor.is_quantized:
+        raise InputError(f"{name!r} is {'on the meta device' if tensor.is_meta else 'quantized'}; a file holds values")
     if tensor.layout != torch.strided:
         raise InputError(f"{name!r} is {tensor.layout}; a file holds dense tensors alone")
     # Always a copy of its own: names of one file must not share memory, and the sum must hold for what is written.

@@ -48,6 +48,11 @@ def decisions_in(model: nn.Module) -> Decisions | None:
     return found if isinstance(found, Decisions) else None
 
 
+def is_frozen(model: nn.Module) -> bool:
+    """Whether a model is frozen, or has a part that is."""
+    return any(decisions_in(module) is not None for module in model.modules())
+
+
 def frozen_layers(dense: nn.Module, frozen: nn.Module, decisions: Decisions) -> dict[str, FrozenLayer]:
     """The convolutions and linear layers of `dense` in its frozen form, by module path.
 

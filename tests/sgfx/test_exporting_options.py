@@ -171,3 +171,26 @@ def test_a_failure_prints_nothing_and_says_one_thing(tmp_path, capfd, make, suff
     assert capfd.readouterr() == ("", "before\nafter\n")
     assert len(str(caught.value).splitlines()) <= 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_frozen_models_and_what_holds_them_are_sent_back_to_what_they_were_made_from(tmp_path, suffix):
+    frozen = sgfx.freeze(compiled(), IMAGES, strategy="library")
+    for model in (frozen, nn.Sequential(frozen, nn.ReLU())):
+        with pytest.raises(sgfx.InputError, match=r"small is a frozen model, .* export the one that it was made from"):
+            sgfx.export(model, tmp_path / f"small{suffix}", IMAGES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_exported_program_is_not_loaded_but_told_how_it_runs(tmp_path, suffix):
+    path = tmp_path / f"small{suffix}"
+    sgfx.export(compiled(), path, IMAGES)
+    renamed = tmp_path / "small.safetensors"
+    renamed.write_bytes(path.read_bytes())
+    how = r"torch.export.load\(path\).module\(\)" if suffix == ".pt2" else "a runtime such as ONNX Runtime"
+    with pytest.raises(sgfx.InputError, match=rf"is a program in the format {suffix}, .*: {how} runs it"):
+        sgfx.load(path, into=Net())
+    again = rf"format {suffix}" if suffix == ".pt2" else "truncated, damaged or no safetensors file"
+    with pytest.raises(sgfx.InputError, match=again):
+        sgfx.load(renamed, into=Net())

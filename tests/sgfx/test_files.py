@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models import detection
 
 import models_zoo
@@ -247,9 +248,33 @@ def with_a_sparse_buffer():
     return small
 
 
+def with_a_tensor_of_another_class():
+    small = small_net()
+    small.mix = TwoTensor(torch.eye(10), torch.eye(10))
+    return small
+
+
+def with_a_meta_buffer():
+    small = small_net()
+    small.mix = torch.eye(10, device="meta")
+    return small
+
+
+def with_a_frozen_part():
+    small = small_net()
+    small.frozen = sgfx.freeze(small_net(), IMAGES, strategy="library")
+    return small
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            with_a_tensor_of_another_class,
+            "'mix' is a TwoTensor, which a file of plain tensors can't hold: save the model",
+        ),
+        (with_a_meta_buffer, "'mix' is on the meta device; a file holds values"),
+        (with_a_frozen_part, "small is a frozen model: save the one that it was made from"),
         (Net, "has no layer plans: save what sgfx.compile or Pruner.lower returned"),
         (masked, "is masked, between two pruning steps: save what Pruner.lower returns"),
         (with_extra_state, r"module 'block.1' \(Counter\) keeps extra state"),
@@ -260,6 +285,23 @@ def with_a_sparse_buffer():
 def test_models_that_a_file_cant_hold_are_refused(tmp_path, make, message):
     with pytest.raises(sgfx.InputError, match=message):
         sgfx.save(make(), tmp_path / "small.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_distributed_model_is_told_to_gather_its_parts(tmp_path):
+    from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        small, mesh = small_net(), DeviceMesh("cpu", [0])
+        for name in ("weight", "bias"):
+            part = distribute_tensor(getattr(small.fc, name).detach(), mesh, [Replicate()])
+            setattr(small.fc, name, nn.Parameter(part))
+        with pytest.raises(sgfx.InputError, match=r"'fc.weight' is a DTensor, .*: gather the parts of the distributed"):
+            sgfx.save(small, tmp_path / "small.safetensors")
+    finally:
+        torch.distributed.destroy_process_group()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,8 +54,8 @@ def freeze(
 
     Raises:
         InputError: (a ValueError) the model, the inputs, the strategy or the decisions do not fit, a hook changes what
-            the model computes, or the frozen form
-            computes something else than the eval form for the example inputs: it is compared before it is returned.
+            the model computes, or the frozen form computes something else than the eval form for the example inputs:
+            it is compared before it is returned, and the first layer that differs is named.
     """
     check_model(model)
     if frozen_before := next(iter(chosen_layers(model)), None):

@@ -1,9 +1,9 @@
-"""Copies: of a model a faithful one to rewrite and a throw-away shadow to trace, and of its inputs.
+"""Copies: of a model a faithful one to rewrite and a throw-away one to run or trace, and of its inputs.
 
 Hooks are never deep-copied (that would copy a user's tap object, or fail on an activation it holds): the faithful copy
-gets the same callables by reference, the shadow gets none. A function on a module, or a hook, that holds parts of the
-model (a method of one of its modules, a closure over its layers) is bound to their twins, or the copy would go on
-running the original.
+gets the same callables by reference, the throw-away one gets none. A function on a module, or a hook, that holds parts
+of the model (a method of one of its modules, a closure over its layers) is bound to their twins, or the copy would go
+on running the original.
 """
 
 from __future__ import annotations
@@ -43,17 +43,14 @@ def copy_model(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     return twin
 
 
-def shadow(model: M) -> M:
-    """Return a copy of `model` for tracing: it shares the parameters and has no hooks.
+def unhooked_copy(model: M, twin: M | None = None) -> M:
+    """Return a deep copy of `model` without hooks, to be run or worked on in place of the live model.
 
-    Buffers are copied, so that whatever a forward does to them while it is traced stays in the shadow.
+    Whatever a forward does to parameters and buffers stays in the copy. With a `twin`, a copy that was made before, the
+    new one shares the parameters of that.
     """
-    return _deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-def unhooked_copy(model: M) -> M:
-    """Return a deep copy of `model` without hooks, to be worked on in place of the live model."""
-    return _deepcopy(model, {})
+    parameters = () if twin is None else zip(model.parameters(), twin.parameters(), strict=True)
+    return _deepcopy(model, {id(theirs): own for theirs, own in parameters})
 
 
 def copy_inputs(inputs: Any) -> Any:

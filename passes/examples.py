@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from passes.copying import copy_inputs
 from passes.errors import InputError
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.values import mapped, tensors_in
 
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
@@ -43,7 +43,7 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
         raise InputError(f"{name} is a single number: give a tensor of examples [N, …]")
     required, device = _required_inputs(model), next((p.device for p in model.parameters()), None)
     batches: list[Arguments] = []
-    with preserved_random_state():  # a loader that shuffles draws from the global one
+    with own_random_state():  # a loader that shuffles draws from the global one
         for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
             given = _arguments(batch, required, name, number)
             if not isinstance(data, Tensor | list | tuple):

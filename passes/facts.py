@@ -71,7 +71,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Observation:
-    """What runs of the example inputs through a shadow of the model showed.
+    """What runs of the example inputs through copies of the model showed.
 
     Attributes:
         called: paths of the modules that were called, in order of execution, with the arguments of their first call
@@ -83,7 +83,7 @@ class Observation:
 
     called: dict[str, dict[str, tuple[tuple[object, ...], dict[str, object]]]]
     foreign: dict[str, str]
-    strays: frozenset[tuple[str, str]]
+    strays: set[tuple[str, str]]
     failures: dict[str, str]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.copying import copy_inputs, shadow
+from passes.copying import copy_inputs, unhooked_copy
 from passes.examples import Arguments
 
 LEAST = 32  # values of a channel, below which they say nothing of its statistics
@@ -59,7 +59,7 @@ def seen_by_norms(model: nn.Module, batches: Iterable[Arguments]) -> list[SeenNo
     torchvision's frozen norms: their statistics are those of the network from before it was trained further. Nothing is
     found where the data do not fit the model: who works on them says what does not.
     """
-    quiet = shadow(model).eval()
+    quiet = unhooked_copy(model).eval()
     norms = {path: module for path, module in quiet.named_modules() if _has_learnt(module)}
     seen: dict[str, _Moments] = {path: _Moments() for path in norms}
     with ExitStack() as hooks, torch.no_grad():

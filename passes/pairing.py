@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.choices import WatchForChoices
-from passes.copying import copy_inputs, shadow
+from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import Arguments, shapes_of
 from passes.facts import Region
@@ -46,12 +46,13 @@ def walkable_regions(
     Yields:
         The path, both eval graphs, and the arguments of every call for both.
     """
-    quiet = shadow(dense).eval()
     parts = _regions(dense, batches[0], leaves)
     _mark_shared(parts)
     twins = {region.path: region for region in _regions(work, batches[0], leaves)}
-    for region in _in_order(quiet, [region for region in parts if region.path in twins], batches[0]):
-        pairs = _Pairs((quiet, work), region.path, batches) if region.path else [(each, each) for each in batches]
+    regions = [region for region in parts if region.path in twins]
+    quiet = None if [region.path for region in regions] == [""] else unhooked_copy(dense).eval()
+    for region in regions if quiet is None else _in_order(quiet, regions, batches[0]):
+        pairs = [(each, each) for each in batches] if quiet is None else _Pairs((quiet, work), region.path, batches)
         theirs, mine = region.graphs["eval"], twins[region.path].graphs["eval"]
         split(theirs, mine, work.get_submodule(region.path))
         yield region.path, theirs, mine, pairs
@@ -86,8 +87,6 @@ def _mark_shared(regions: tuple[Region, ...]) -> None:
 
 def _in_order(model: nn.Module, regions: list[Region], example: Arguments) -> list[Region]:
     """`regions` in the order in which they are called; those that are not called are left out."""
-    if [region.path for region in regions] == [""]:
-        return regions
     called: list[str] = []
     with _tapped(model, [region.path for region in regions], lambda path, _: called.append(path)):
         _call(model, example)

@@ -9,6 +9,7 @@ its masked weight, since they run its code.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from passes.copying import shadow
+from passes.copying import unhooked_copy
 from passes.layers.custom import LayerCall, layer_call, operation_on
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.values import mapped
 
 Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
@@ -57,15 +58,18 @@ def call_of(layer: nn.Module) -> LayerCall | None:
     except Exception:
         return None
     call = uses.calls[0] if len(uses.calls) == 1 and uses.other is None else None
-    return call if call is not None and (call.bias is None or call.bias is layer.bias) else None
+    if call is None or not (call.bias is None or call.bias is uses.bias):
+        return None
+    own: Any = layer
+    return replace(call, weight=own.weight, bias=None if call.bias is None else own.bias)
 
 
 def _run(layer: nn.Module, arguments: Arguments, training: bool) -> _Uses:
     """Run a layer on fake tensors, and see how it uses its weight."""
-    twin: Any = shadow(layer).train(training)
-    uses, mode = _Uses(twin.weight), FakeTensorMode(allow_non_fake_inputs=True)
+    twin: Any = unhooked_copy(layer).train(training)
+    uses, mode = _Uses(twin.weight, twin.bias), FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = mapped(arguments, mode.from_tensor)
-    with preserved_random_state(), torch.no_grad(), mode, uses:
+    with own_random_state(), torch.no_grad(), mode, uses:
         twin(*args, **kwargs)
     return uses
 
@@ -73,9 +77,9 @@ def _run(layer: nn.Module, arguments: Arguments, training: bool) -> _Uses:
 class _Uses(TorchFunctionMode):
     """Notes how `weight` is used: the calls that it is the weight of, and the first other operation."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = weight, bias
         self.calls: list[LayerCall] = []
         self.other: str | None = None
 

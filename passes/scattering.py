@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from passes.copying import shadow
+from passes.copying import unhooked_copy
 from passes.cut import Cut, cut_of, is_depthwise
 from passes.errors import InputError
 from passes.layers.custom import is_custom
@@ -78,25 +77,21 @@ def masked_reference(dense: nn.Module, small: nn.Module) -> nn.Module:
     Raises:
         InputError: the two do not belong together; names the tensor.
     """
-    reference = shadow(dense)
+    reference = unhooked_copy(dense)
     theirs, caches = dict([*small.named_parameters(), *small.named_buffers()]), transient(reference)
-    values: dict[int, Tensor] = {}
     rows = rows_by_name(dense, small)
     for name, mine in [*reference.named_parameters(), *reference.named_buffers()]:
         plan = plan_of(_module(small, name.rpartition(".")[0]) or small)
         masked = name.rpartition(".")[2] == "weight" and plan is not None and plan.grouped
         given = theirs.get(name)
         if given is not None and given.numel() == as_rows(mine)[rows[name]].numel():
-            filled = torch.zeros_like(mine) if masked else mine.detach().clone()
-            filled = filled.to(given.dtype, memory_format=torch.contiguous_format)
+            filled = torch.zeros(mine.shape, dtype=given.dtype, device=mine.device)  # contiguous, whatever `mine` is
+            if not masked:
+                filled.copy_(mine.detach())
             as_rows(filled)[rows[name]] = given.detach().reshape(-1, *mine.shape[2:])
-            values[id(mine)] = nn.Parameter(filled, mine.requires_grad) if isinstance(mine, nn.Parameter) else filled
+            mine.data = torch.empty_like(mine, dtype=given.dtype).copy_(filled)
         elif name not in caches:
             raise InputError(f"small is no compiled form of dense: {name!r} of dense is not in small, or differs there")
-    for module in reference.modules():
-        registries: tuple[dict[str, Any], ...] = module._parameters, module._buffers
-        for registry in registries:
-            registry.update({key: values[id(each)] for key, each in registry.items() if id(each) in values})
     return reference
 
 

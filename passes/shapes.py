@@ -24,7 +24,7 @@ from passes.errors import InputError
 from passes.layers.grouped import Grouped
 from passes.mutation import WriteWatch, forget_written, note_written, storages
 from passes.norms import is_norm
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.values import leaves, mapped
 
 # Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.
@@ -45,7 +45,7 @@ def propagate_shapes(graph: fx.GraphModule, inputs: tuple[object, ...], most: in
     Raises:
         InputError: the inputs do not fit; says at which layer.
     """
-    with preserved_random_state(), _quiet():
+    with own_random_state(), _quiet():
         _ShapePropagation(graph).propagate(inputs, most)
 
 
@@ -120,6 +120,24 @@ def _features(graph: fx.GraphModule, argument: fx.Node) -> tuple[int, int] | Non
     return None
 
 
+@contextmanager
+def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Give all parts of a module fake parameters and buffers, and put everything back that code changes meanwhile."""
+    registries = ("_parameters", "_buffers")
+    parts = list(module.modules())
+    before = [{**part.__dict__, **{key: dict(part.__dict__[key]) for key in registries}} for part in parts]
+    try:
+        for part in parts:
+            for key in registries:
+                tensors = part.__dict__[key].items()
+                part.__dict__[key] = {name: x if x is None else mode.from_tensor(x) for name, x in tensors}
+        yield
+    finally:
+        for part, attributes in zip(parts, before, strict=True):
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+
+
 class Interpreter(fx.Interpreter):
     """Runs a graph node by node, as its code would run."""
 
@@ -142,7 +160,7 @@ class _ShapePropagation(Interpreter):
             raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
         self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for _, x in leaves(inputs)]
         self._watch, self._known = WriteWatch(most), set[int]()
-        with mode, torch.no_grad(), self._watch:
+        with _fake_tensors(self.module, mode), mode, torch.no_grad(), self._watch:
             self.run(*fakes)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from passes.copying import copy_inputs, shadow
+from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.layers.custom import CallsWith, GroupedCustom, LayerCall, is_custom, plain_layer
 from passes.probing import call_of
@@ -31,7 +31,7 @@ class Before(nn.Module):
     def __init__(self, layer: nn.Module, plain: nn.Module) -> None:
         """Take a custom layer, and the plain layer that stands for its call."""
         super().__init__()
-        self._held = shadow(layer), plain  # in a tuple: not to be found among the modules of the graph
+        self._held = unhooked_copy(layer), plain  # in a tuple: not to be found among the modules of the graph
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the code on copies of its arguments."""

@@ -2,8 +2,8 @@
 
 1. A model has two graphs, eval and train; one whose modules are in mixed modes (norms frozen in eval) has a third. A
    fact about a layer holds only if it holds in all of them.
-2. The live model is never touched: what is traced is a shadow, which shares the parameters and has no hooks. What a
-   module with hooks takes and gives is marked under ``meta["exposed"]``.
+2. The live model is never touched, even by a forward that writes to its parameters: what is traced are shadows, with
+   parameters of their own and no hooks. What a module with hooks takes and gives is marked under ``meta["exposed"]``.
 3. torch's layers are leaves, and so are the compiler's own and those that the user names. Subclasses of torch's layers
    are opened where their code allows it (`passes.opening`), else leaves too.
 4. Arguments that have a default keep it, unless example inputs give them a value.
@@ -29,7 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.as_torch_made_it import change_of
 from passes.calls import in_place
-from passes.copying import shadow
+from passes.copying import unhooked_copy
 from passes.errors import InputError
 from passes.facts import Region
 from passes.layers.grouped import Grouped
@@ -45,7 +45,7 @@ from passes.opening import (
 )
 from passes.parameters import ParameterWatch
 from passes.python_names import make_callable
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.shapes import forget_shapes, propagate_shapes
 
 RUNNING_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -88,7 +88,7 @@ class Tracing:
         leaf_modules: paths of modules that are not to be traced into.
 
     Attributes:
-        shadows: mode to shadow.
+        shadows: mode to shadow. They share parameters, until one of them writes to some.
         hooked: paths of the modules with hooks around their forward or backward. The shadows have none, and what
             hooks do to shapes is not known: example inputs that do not fit the shadows may fit the model.
         closed: paths of the custom layers that stay leaves, with the reason where their weight is not used as it is.
@@ -108,10 +108,15 @@ class Tracing:
             if everywhere or any(module.__dict__.get(key) for key in RUNNING_HOOKS)
         }
         self.closed = closed_from_the_start(model)
-        self.shadows = {mode: shadow(model) for mode in _modes(model)}
-        for mode, twin in self.shadows.items():
-            if mode != "mixed":
-                twin.train(mode == "train")
+        self._model = model
+        self.shadows: dict[str, nn.Module] = {}
+        for mode in _modes(model):
+            self.shadows[mode] = self.copy_in(mode, self.shadows.get("eval"))
+
+    def copy_in(self, mode: str, twin: nn.Module | None = None) -> nn.Module:
+        """A throw-away copy of the model in one of the modes; it shares the parameters of a `twin`, if there is one."""
+        copy = unhooked_copy(self._model, twin)
+        return copy if mode == "mixed" else copy.train(mode == "train")
 
     def whole(self, example_inputs: tuple[object, ...] | None = None) -> Region:
         """Trace the whole model; see `trace`."""
@@ -160,8 +165,8 @@ class Tracing:
         )
         try:
             with (
-                ParameterWatch(self.shadows[mode]) as watch,
-                preserved_random_state(),
+                ParameterWatch(self.shadows[mode], isolate=True) as watch,
+                own_random_state(),
                 warnings.catch_warnings(),
                 replaced(root, stand_ins),
             ):
@@ -205,7 +210,15 @@ def _defaults(model: nn.Module, given: int) -> dict[str, Any]:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that notes ``x += y`` as what it is: torch.fx takes it for ``x = x + y``, but others may hold x."""
+    """A proxy that notes ``x += y`` as what it is: torch.fx takes it for ``x = x + y``, but others may hold x.
+
+    Attributes that code sets, as in ``weight.data = y``, would be lost: that can't be traced.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("tracer", "node"):
+            raise TypeError(f"code sets {name!r} of a tensor")
+        super().__setattr__(name, value)
 
     def __iadd__(self, other: object) -> fx.Proxy:
         return self._augmented(operator.iadd, other)
@@ -227,9 +240,13 @@ class _Proxy(fx.Proxy):
 class _Weight(_Proxy):
     """Stands for the weight of a custom layer in its own code, which may ask for what all forms of it have alike."""
 
+    shape: torch.Size
+    ndim: int
+
     def __init__(self, node: fx.Node, tracer: fx.Tracer, weight: Tensor) -> None:
         super().__init__(node, tracer)
-        self.shape, self.ndim, self.dtype, self.device = weight.shape, weight.ndim, weight.dtype, weight.device
+        alike = {"shape": weight.shape, "ndim": weight.ndim, "dtype": weight.dtype, "device": weight.device}
+        self.__dict__.update(alike)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
@@ -64,6 +65,11 @@ class Unit:
         self.model = model
         self.settings = settings
         self.limit = 1.0
+
+    def forget(self, fact: str) -> None:
+        """Let go of a fact that nobody needs any more, such as graphs, which hold weights, and each other in cycles."""
+        del self.__dict__[fact]
+        gc.collect()
 
     def knows(self, fact: str) -> bool:
         """Whether some pass has written `fact`."""

@@ -19,7 +19,7 @@ from passes.examples import Arguments
 from passes.lowering import lower
 from passes.pairing import walkable_regions
 from passes.plan import LayerPlan
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.selection import target_of
 from passes.tandem import Walk
 from passes.unit import Unit
@@ -153,7 +153,7 @@ def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
     whole = unhooked_copy(unit.model).eval()
     lower(whole, {path: _whole(unit.model.get_submodule(path)) for path in unit.targets})
     curves: dict[str, Curve] = {}
-    with preserved_random_state(), torch.no_grad():
+    with own_random_state(), torch.no_grad():
         for path, theirs, mine, pairs in walkable_regions(unit.model, whole, batches, unit.settings.leaf_modules):
             walk = Walk(theirs, mine, pairs, path)
             for stop in walk.stops():

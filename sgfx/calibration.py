@@ -18,7 +18,7 @@ from passes.foreign_data import SeenNorm, seen_by_norms
 from passes.layers.grouped import Grouped
 from passes.pairing import walkable_regions
 from passes.plan import layer_shape, plans
-from passes.random_state import preserved_random_state
+from passes.random_state import own_random_state
 from passes.settings import check_model
 from passes.trace import join
 
@@ -62,7 +62,7 @@ def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: C
     `leaves` are the paths of modules that are not to be traced into.
     """
     work = unhooked_copy(small)  # all graphs that are made of it share its parameters
-    with preserved_random_state():
+    with own_random_state():
         _warn_of_foreign_data(seen_by_norms(dense, batches))
         changed = _calibrated(dense, work.eval(), batches, leaves)
     # A tensor that two modules share has two names.

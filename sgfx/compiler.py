@@ -150,7 +150,9 @@ def _compile_at_once(
     def planned() -> dict[str, LayerPlan]:
         """Graphs and importance vectors, as large as the weights, are gone when this returns."""
         unit = Unit(model, settings)
-        run_passes((*ANALYSIS, *GROUPING), unit)
+        run_passes(ANALYSIS, unit)
+        unit.forget("regions")
+        run_passes(GROUPING, unit)
         if share is not None and batches is not None:
             spend(unit, share, batches, made if eliminate else None)
         run_passes(PRUNING, unit)

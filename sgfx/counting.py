@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.copying import copy_inputs, shadow
+from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.layers.grouped import Grouped
@@ -31,7 +31,7 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
 
     Neither the model nor the inputs are worked on: a copy without hooks is run, in eval mode, on copies of them.
     """
-    twin, inputs = shadow(model).eval(), copy_inputs(inputs)
+    twin, inputs = unhooked_copy(model).eval(), copy_inputs(inputs)
     for module in twin.modules():
         if isinstance(module, Grouped):
             module.form = "blocks"

@@ -6,7 +6,6 @@ a file that computes something else is not written. ONNX files are run in ONNX R
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from passes.comparing import distance, kinds, rounding
-from passes.copying import shadow
+from passes.copying import unhooked_copy
 from passes.errors import InputError
 from passes.exportable import give_plain_outputs, make_exportable
 from passes.layers.grouped import Form
@@ -122,10 +121,10 @@ def export(
     if given is None:
         raise TypeError("example_inputs must be a tensor or a tuple of positional arguments, not None")
     with preserved_random_state(), torch.no_grad():
-        model = copy.deepcopy(shadow(small)).cpu().requires_grad_(False).eval()
+        model = unhooked_copy(small).cpu().requires_grad_(False).eval()
         inputs = mapped(given, lambda x: x.detach().cpu().clone())
         options.check_counts(tensors_in(inputs), _outputs(model, inputs))
-        twin = shadow(model)
+        twin = unhooked_copy(model)
         if plans(twin):  # what nobody reads is not worth a place in a file
             eliminated(twin, inputs)
         make_exportable(twin, form or DEFAULT_FORM)

@@ -97,6 +97,7 @@ class Pruner(Generic[M]):
         self.model: M = copy_model(model)
         self._unit = Unit(self.model, settings)
         run_passes(ANALYSIS, self._unit)
+        self._unit.forget("regions")
         for path in self._unit.targets:
             masked_layer(self.model, path)
         self._index = 0

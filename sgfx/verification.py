@@ -2,13 +2,14 @@
 
 The reference is the dense model's structure, filled with the parameters and buffers that the small model has now
 (`passes.scattering`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
-user's, first in eval mode and then in train mode. All random states are seeded alike before each run: the two draw the
-same numbers in the same order, so dropout and stochastic depth stay on and drop the same values. Only where channels
+user's, first in eval mode and then in train mode. The random numbers of each run start anew: the two draw the
+same ones in the same order, so dropout and stochastic depth stay on and drop the same values. Only where channels
 were eliminated would dropout draw for fewer of them: there, dropout modules are off in both.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from passes.comparing import distance
-from passes.copying import copy_inputs, shadow
+from passes.copying import copy_inputs, unhooked_copy
 from passes.cut import channel_dim, cut_of, cuts
 from passes.errors import InputError
 from passes.layers.masked import Masked
 from passes.plan import LayerPlan
-from passes.random_state import preserved_random_state, seed_all
+from passes.random_state import own_random_state
 from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.settings import as_inputs
 from passes.values import Plain, comparable, mapped, tensors_in
@@ -120,12 +121,11 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
     if masked is not None:
         raise InputError(f"layer {masked!r} of small is masked, not regrouped: verify what Pruner.lower returns")
     inputs = as_inputs(example_inputs) or ()
-    reference, twin = masked_reference(dense, small), shadow(small)
+    reference, twin = masked_reference(dense, small), unhooked_copy(small)
     rows = rows_by_name(dense, small)
     moved, weights_moved = _moved(dense, small, rows, found)
-    with preserved_random_state():
-        eval_error, eval_layers, _ = _compare(reference, twin, rows, found, inputs, training=False)
-        train_error, train_layers, gradient_error = _compare(reference, twin, rows, found, inputs, training=True)
+    eval_error, eval_layers, _ = _compare(reference, twin, rows, found, inputs, training=False)
+    train_error, train_layers, gradient_error = _compare(reference, twin, rows, found, inputs, training=True)
     layers = tuple(
         LayerError(path, plan.kind, eval_layers[path], train_layers[path], weights_moved[path])
         for path, plan in found.items()
@@ -198,9 +198,10 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
     for module in model.modules() if fewer else ():
         if isinstance(module, _DropoutNd):
             module.eval()
-    seed_all(0)
     try:
-        with torch.set_grad_enabled(training):
+        with own_random_state(), torch.set_grad_enabled(training):
+            random.seed(0)
+            np.random.seed(0)
             given = model(*copy_inputs(inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
@@ -223,9 +224,9 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
     loss = sum((x.flatten() * torch.arange(x.numel(), device=x.device).cos()).sum() for x in outputs if x.requires_grad)
     if not isinstance(loss, Tensor):
         return {}
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    with own_random_state():
+        loss.backward()  # type: ignore[no-untyped-call]  # checkpoints that are reentrant allow nothing else
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def _gradient_error(actual: _Trial, expected: _Trial, rows: dict[str, Tensor]) -> float | None:

@@ -19,9 +19,6 @@ from passes.resolving import Sample
 from tests.passes.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 
-# `made` gives norms random statistics, which no data look like.
-pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
-
 DENSE = made(Residual())
 
 

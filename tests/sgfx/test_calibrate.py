@@ -15,9 +15,6 @@ from passes import calibration
 from passes.surroundings import surroundings
 from tests.passes.test_calibrating_regions import Difference, Parts, Residual, images, made
 
-# `made` gives norms random statistics, which no data look like.
-pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
-
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():

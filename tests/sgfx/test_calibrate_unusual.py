@@ -12,9 +12,6 @@ from sgfx.budgets import SCANNED, TRIALS, _raise_limit
 from tests.passes.test_calibrating_regions import images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
-# `made` gives norms random statistics, which no data look like.
-pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
-
 
 class Part(nn.Module):
     def __init__(self, norm: nn.Module | None = None) -> None:

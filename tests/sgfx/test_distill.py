@@ -14,9 +14,6 @@ from tests.passes.test_calibrating_regions import Difference, Residual, images, 
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 from tests.sgfx.test_teaching import Halves
 
-# `made` gives norms random statistics, which no data look like.
-pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
-
 
 def compiled(**options) -> tuple[nn.Module, nn.Module]:
     dense = made(Residual()).float()

@@ -18,7 +18,7 @@ Rows are sampled positions of the layer's output, at most `MAX_ROWS` and `ROW_BY
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,11 @@ ROW_BYTES = 3 << 27  # of a layer's inputs, wanted outputs and offsets together,
 
 
 def calibrate_region(
-    dense: fx.GraphModule, small: fx.GraphModule, batches: Sequence[Pair], path: str = ""
+    dense: fx.GraphModule,
+    small: fx.GraphModule,
+    batches: Sequence[Pair],
+    path: str = "",
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
     """Re-solve all regrouped layers of one traced part, in place in `small`.
 
@@ -47,6 +51,7 @@ def calibrate_region(
         small: the eval graph of the compressed one.
         batches: the arguments of every batch, for the dense and for the compressed graph.
         path: of the part in the model, for messages.
+        tick: called after each layer.
 
     Returns:
         What has changed: new values of parameters and buffers, by their names in `small`. A layer that reads nothing,
@@ -59,22 +64,29 @@ def calibrate_region(
     with torch.no_grad():
         walk = Walk(dense, small, batches, path)
         for stop in walk.stops():
-            layer: Any = walk.module(stop)
-            around = surroundings_at(walk, stop)
-            norm: Any = None if around.norm is None else walk.module(around.norm)
-            sample = sample_at(walk, stop, around)
-            if not len(sample.wanted):
-                continue
-            folded = norm is not None and layer.bias is None
-            weight, bias = resolve(layer, sample, intercept=folded or layer.bias is not None)
-            if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-                raise overflow(walk.name(stop))
-            changed |= _written(layer, "weight", f"{stop.target}.weight", weight)
-            if layer.bias is not None:
-                changed |= _written(layer, "bias", f"{stop.target}.bias", bias)
-            elif around.norm is not None:
-                mean = norm.running_mean - bias.to(norm.running_mean.dtype)
-                changed |= _written(norm, "running_mean", f"{around.norm.target}.running_mean", mean)
+            changed |= _solved(walk, stop)
+            tick()
+    return changed
+
+
+def _solved(walk: Walk, stop: fx.Node) -> dict[str, Tensor]:
+    """Re-solve the layer at `stop`, in place."""
+    layer: Any = walk.module(stop)
+    around = surroundings_at(walk, stop)
+    norm: Any = None if around.norm is None else walk.module(around.norm)
+    sample = sample_at(walk, stop, around)
+    if not len(sample.wanted):
+        return {}
+    folded = norm is not None and layer.bias is None
+    weight, bias = resolve(layer, sample, intercept=folded or layer.bias is not None)
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise overflow(walk.name(stop))
+    changed = _written(layer, "weight", f"{stop.target}.weight", weight)
+    if layer.bias is not None:
+        changed |= _written(layer, "bias", f"{stop.target}.bias", bias)
+    elif around.norm is not None:
+        mean = norm.running_mean - bias.to(norm.running_mean.dtype)
+        changed |= _written(norm, "running_mean", f"{around.norm.target}.running_mean", mean)
     return changed
 
 

@@ -24,6 +24,7 @@ from passes.selection import target_of
 from passes.tandem import Walk
 from passes.unit import Unit
 from sgfx.counting import count_macs
+from sgfx.progress import progress_bar
 
 MEASURES = ("macs", "params")
 Budget = Mapping[str, float]
@@ -153,12 +154,14 @@ def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
     whole = unhooked_copy(unit.model).eval()
     lower(whole, {path: _whole(unit.model.get_submodule(path)) for path in unit.targets})
     curves: dict[str, Curve] = {}
-    with own_random_state(), torch.no_grad():
+    bar = progress_bar("budget", len(unit.targets), "layer")
+    with own_random_state(), torch.no_grad(), bar as tick:
         for path, theirs, mine, pairs in walkable_regions(unit.model, whole, batches, unit.settings.leaf_modules):
             walk = Walk(theirs, mine, pairs, path)
             for stop in walk.stops():
                 name = walk.name(stop)
                 sample = sample_at(walk, stop, surroundings_at(walk, stop))
+                tick()
                 if not len(sample.wanted):
                     continue
                 curves[name] = error_curve(walk.module(stop), sample, unit.grouping[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +21,13 @@ from passes.plan import layer_shape, plans
 from passes.random_state import own_random_state
 from passes.settings import check_model
 from passes.trace import join
+from sgfx.progress import progress_bar
 
 M = TypeVar("M", bound=nn.Module)
 FOREIGN = 0.05  # mean divergence of norms; docs/accuracy.md has that of own and of foreign images
 
 
-def calibrate(dense: nn.Module, small: M, data: Any) -> M:
+def calibrate(dense: nn.Module, small: M, data: Any, *, progress: bool = True) -> M:
     """Re-solve the kept weights of a compressed model in closed form, layer by layer, towards the dense model.
 
     No labels and no training. Changed are the weights and biases of regrouped layers, and the running mean of the norm
@@ -41,6 +42,7 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
         data: a tensor ``[N, …]`` of examples, or an iterable of batches, read once; a batch is a tensor, or a tuple or
             list that starts with the input (with all inputs, where the model's forward requires several). A few hundred
             examples from the training data are enough.
+        progress: show a progress bar, on a terminal.
 
     Returns:
         `small`.
@@ -53,10 +55,12 @@ def calibrate(dense: nn.Module, small: M, data: Any) -> M:
     check_compiled(dense, small)
     if cuts(small):
         raise InputError("filters have been eliminated from small: give the data to sgfx.compile(…, calibration=data)")
-    return calibrate_on(dense, small, read_examples(data, "data", small))
+    return calibrate_on(dense, small, read_examples(data, "data", small), progress=progress)
 
 
-def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: Collection[str] = ()) -> M:
+def calibrate_on(
+    dense: nn.Module, small: M, batches: list[Arguments], leaves: Collection[str] = (), *, progress: bool = True
+) -> M:
     """The same for a `small` that is known to fit, on arguments that were read already.
 
     `leaves` are the paths of modules that are not to be traced into.
@@ -64,7 +68,9 @@ def calibrate_on(dense: nn.Module, small: M, batches: list[Arguments], leaves: C
     work = unhooked_copy(small)  # all graphs that are made of it share its parameters
     with own_random_state():
         _warn_of_foreign_data(seen_by_norms(dense, batches))
-        changed = _calibrated(dense, work.eval(), batches, leaves)
+        layers = sum(isinstance(module, Grouped) for module in work.modules())
+        with progress_bar("calibrate", layers, "layer", shown=progress) as tick:
+            changed = _calibrated(dense, work.eval(), batches, leaves, tick)
     # A tensor that two modules share has two names.
     tensors = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
     targets = [(tensors[name], value) for name, value in changed.items()]
@@ -92,12 +98,16 @@ def check_compiled(dense: nn.Module, small: nn.Module) -> None:
 
 
 def _calibrated(
-    dense: nn.Module, work: nn.Module, batches: list[Arguments], leaves: Collection[str]
+    dense: nn.Module,
+    work: nn.Module,
+    batches: list[Arguments],
+    leaves: Collection[str],
+    tick: Callable[[], object],
 ) -> dict[str, Tensor]:
     """Calibrate `work`, region by region in the order in which they run; returns what has changed."""
     changed: dict[str, Tensor] = {}
     for path, theirs, mine, pairs in walkable_regions(dense, work, batches, leaves):
-        for name, value in calibrate_region(theirs, mine, pairs, path).items():
+        for name, value in calibrate_region(theirs, mine, pairs, path, tick).items():
             changed[join(path, name)] = value
             holder, _, leaf = join(path, name).rpartition(".")
             getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from passes.errors import InputError
 from passes.examples import Arguments, read_examples, shapes_of
 from passes.random_state import preserved_random_state
 from sgfx.calibration import check_compiled
+from sgfx.progress import progress_bar
 from sgfx.teaching import Teacher, in_single_precision
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,7 +24,7 @@ BATCH = 64  # examples per step
 SHIFT = 8  # images are shifted by up to this part of their size
 
 
-def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: float = 1e-3) -> M:
+def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: float = 1e-3, progress: bool = True) -> M:
     """Train a compiled model towards the dense model's outputs, and those of its blocks, without labels.
 
     Adam with a learning rate that falls to 0 along a cosine, on batches of 64; images ``[N, C, H, W]`` are flipped and
@@ -38,6 +39,7 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
         steps: steps of Adam, at least 1.
         lr: learning rate at the start, above 0. Compare the accuracy before and after: a rate that is too high for a
             network makes it worse.
+        progress: show a progress bar, on a terminal.
 
     Returns:
         `small`.
@@ -46,16 +48,17 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
         InputError: (a ValueError) a value is out of range, the data do not fit, or there is nothing to train.
         TypeError: an argument is of the wrong type.
         FloatingPointError: the loss became NaN or infinite. Nothing is changed after any of these.
+        KeyboardInterrupt: of Ctrl-C, with a note that says how far it had come: `small` holds what was reached.
     """
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
     if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise InputError(f"lr must be a number above 0, not {lr!r}")
     check_compiled(dense, small)
-    return descend(dense, small, data, steps=int(steps), lr=float(lr))
+    return descend(dense, small, data, steps=int(steps), lr=float(lr), progress=progress)
 
 
-def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float) -> M:
+def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float, progress: bool = True) -> M:
     """The same for any `small` whose outputs have the form of the dense model's."""
     batches = read_examples(data, "data", small)
     with torch.inference_mode(False), torch.enable_grad(), preserved_random_state():
@@ -63,11 +66,51 @@ def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float) -> 
         trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
         if not trained:
             raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
-        _descend(work, trained, Teacher(dense), _drawer([in_single_precision(x) for x in batches]), steps, lr)
+        draw = _drawer([in_single_precision(x) for x in batches])
+        reached = _Reached(trained)
+        try:
+            with progress_bar("distill", steps, "step", shown=progress) as tick:
+                for _ in _descend(work, trained, Teacher(dense), draw, steps, lr):
+                    reached.keep()
+                    tick()
+        except KeyboardInterrupt as interrupt:
+            if reached.steps:
+                _adopt(small, work, reached)
+            interrupt.add_note(
+                f"sgfx: distill was interrupted after {reached.steps} of {steps} steps; small "
+                + ("holds what was reached" if reached.steps else "is as it was")
+            )
+            raise
+    _adopt(small, work, reached)
+    return small
+
+
+class _Reached:
+    """Parameters as the last whole step left them: the one that Ctrl-C ends may have moved some of them only."""
+
+    def __init__(self, trained: list[nn.Parameter]) -> None:
+        self._live: list[Tensor] = list(trained)
+        self._kept = [parameter.detach().clone() for parameter in trained]
+        self.steps = 0
+
+    def keep(self) -> None:
+        """Take the parameters as they are."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._kept, self._live)  # one call, so all of them or none
+        self.steps += 1
+
+    def put_back(self) -> None:
+        """Give them the values that were kept last."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._live, self._kept)
+
+
+def _adopt(small: nn.Module, work: nn.Module, reached: _Reached) -> None:
+    """Copy into `small`, in place, what was reached in `work`."""
+    reached.put_back()
     with torch.no_grad():
         for mine, theirs in zip(small.parameters(), work.parameters(), strict=True):
             mine.copy_(theirs)
-    return small
 
 
 def _descend(
@@ -77,7 +120,8 @@ def _descend(
     draw: Callable[[], Arguments],
     steps: int,
     lr: float,
-) -> None:
+) -> Iterator[int]:
+    """Train step by step; yields after each."""
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(1, steps + 1):
@@ -89,6 +133,7 @@ def _descend(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        yield step
 
 
 def _run(model: nn.Module, inputs: Arguments) -> Any:

@@ -90,10 +90,10 @@ def distance(outputs: Any, wanted: Any) -> Tensor:
     """How far `outputs` are from `wanted`: the squared error over the variance of what is wanted, over all tensors.
 
     It is 0 where they agree, and about 1 where the outputs say nothing. It has no temperature and asks nothing of what
-    they mean. Differentiable in `outputs`.
+    they mean; tensors without elements have no say. Differentiable in `outputs`.
 
     Raises:
-        InputError: their floating-point tensors differ in number or shape, or there are none.
+        InputError: their floating-point tensors differ in number or shape, or there are none with numbers in them.
     """
     own, goal = _tensors(outputs), _tensors(wanted)
     if _shapes(own) != _shapes(goal) or not goal:
@@ -101,7 +101,10 @@ def distance(outputs: Any, wanted: Any) -> Tensor:
             f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
             "must be the same tensors of floating-point numbers"
         )
-    return torch.stack([_error(x, y, _variance(y)) for x, y in zip(own, goal, strict=True)]).mean()
+    parts = [_error(x, y, _variance(y)) for x, y in zip(own, goal, strict=True) if y.numel()]
+    if not parts:
+        raise InputError(f"the teacher's outputs {shapes_of(wanted)} hold no numbers: nothing can be learnt from them")
+    return torch.stack(parts).mean()
 
 
 def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]]) -> Iterator[Tensor]:

@@ -234,3 +234,71 @@ def test_an_eliminated_model_is_distilled_too():
     was = error(dense, small, x)
     sgfx.distill(dense, small, x, steps=40, lr=3e-3)
     assert error(dense, small, x) < 0.8 * was
+
+
+class TwoOutputs(nn.Module):
+    """One of them may have no elements, as what a detector gives where it finds nothing."""
+
+    def __init__(self, both=False):
+        super().__init__()
+        self.one, self.other, self.both = nn.Linear(6, 8), nn.Linear(8, 4), both
+
+    def forward(self, x):
+        y = self.other(self.one(x).relu())
+        return {"none": y[:, :0], "scores": y[:0] if self.both else y}
+
+
+def test_an_output_without_elements_has_no_say():
+    torch.manual_seed(0)
+    dense, data = TwoOutputs(), torch.randn(64, 6)
+    small = sgfx.compile(dense, groups=2, ratio=0.5, overrides={"one": {"ratio": 0.5}})
+    before = (small(data)["scores"] - dense(data)["scores"]).square().mean()
+    sgfx.distill(dense, small, data, steps=30, lr=1e-2)
+    assert (small(data)["scores"] - dense(data)["scores"]).square().mean() < 0.8 * before
+    outputs, wanted = torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert distance([outputs, torch.ones(0)], [wanted, torch.ones(0)]) == distance(outputs, wanted)
+    dense = TwoOutputs(both=True)
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    with pytest.raises(sgfx.InputError, match=r"teacher's outputs \[64, 0\], \[0, 4\] hold no numbers"):
+        sgfx.distill(dense, small, data)
+
+
+def test_ctrl_c_keeps_what_whole_steps_have_reached():
+    """As many steps as were whole are those of a run that is not interrupted: the rate falls with the same steps."""
+    torch.manual_seed(0)
+    dense, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 6)
+    small = sgfx.compile(dense, groups=2, ratio=0.5, overrides={"0": {"ratio": 0.5}})
+    before, reached = state(small), []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            super().step()
+            reached.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+            if len(reached) == 8:
+                raise KeyboardInterrupt  # in the eighth step, which has moved parameters already
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", Adam)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            sgfx.distill(dense, small, data, steps=20)
+    assert caught.value.__notes__ == ["sgfx: distill was interrupted after 7 of 20 steps; small holds what was reached"]
+    assert all(torch.equal(mine, kept) for mine, kept in zip(small.parameters(), reached[6], strict=True))
+    assert not any(torch.equal(value, before[name]) for name, value in small.named_parameters())
+    assert not any(module._forward_hooks for model in (dense, small) for module in model.modules())
+    sgfx.distill(dense, small, data, steps=2)
+
+
+def test_ctrl_c_before_the_first_step_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    dense, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 6)
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    before = state(small)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sgfx.distill(dense, small, data, steps=20)
+    assert caught.value.__notes__ == ["sgfx: distill was interrupted after 0 of 20 steps; small is as it was"]
+    assert_unchanged(small, before)

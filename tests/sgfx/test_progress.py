@@ -3,6 +3,12 @@
 import io
 import sys
 from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from tqdm import tqdm
 
 import sgfx
 from sgfx.progress import progress_bar
@@ -62,3 +68,38 @@ def test_freezing_counts_each_layer_once(monkeypatch):
         ticks.clear()
         sgfx.freeze(model, IMAGES, decisions=decisions)
         assert ticks == 6 * [("freeze", 6, "layer")]
+
+
+@pytest.fixture
+def models():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    return dense, sgfx.compile(dense, groups=2, ratio=0.5), torch.randn(32, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "shown"),
+    [
+        (sgfx.calibrate, {"calibrate": "3/3"}),
+        (partial(sgfx.distill, steps=4), {"distill": "4/4"}),
+        (
+            lambda dense, small, x: sgfx.compile(dense, groups=2, budget={"params": 0.7}, calibration=x),
+            {"budget": "3/3", "calibrate": "3/3"},
+        ),
+    ],
+    ids=["calibrate", "distill", "compile"],
+)
+def test_long_calls_show_how_far_they_are(models, call, shown, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    monkeypatch.setattr(sys.modules["sgfx.progress"], "tqdm", partial(tqdm, mininterval=0))
+    call(*models)
+    for name, steps in shown.items():
+        assert any(name in line and steps in line for line in terminal.getvalue().split("\r"))
+    before = terminal.getvalue()
+    if "budget" not in shown:  # compile has no such option
+        call(*models, progress=False)
+    assert terminal.getvalue() == before
+    monkeypatch.undo()
+    call(*models)
+    assert capfd.readouterr() == ("", "")

@@ -109,3 +109,11 @@ def _cut(given: Arguments) -> list[Arguments]:
     if not all(isinstance(x, Tensor) and len(x) == len(given[0]) for x in given):
         return [given]
     return list(zip(*(torch.split(x, BATCH) for x in given), strict=True))
+
+
+def single_image(given: Arguments) -> str:
+    """What to say behind a message that arguments don't fit, where the first may be an image without a batch."""
+    first = given[0] if given else None
+    if not isinstance(first, Tensor) or first.dim() != 3:
+        return ""
+    return ". If that is a single image [C, H, W], give batches [N, C, H, W]: a DataLoader's, or image[None]"

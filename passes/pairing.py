@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
-from passes.examples import Arguments, shapes_of
+from passes.examples import Arguments, shapes_of, single_image
 from passes.facts import Region
 from passes.regions import find_regions
 from passes.splitting import split
@@ -68,6 +68,7 @@ def _regions(model: nn.Module, example: Arguments, leaves: Collection[str]) -> t
     except InputError as error:
         raise InputError(
             f"data of shape {shapes_of(example)} do not fit {type(model).__name__}: {error.__cause__ or error}"
+            f"{single_image(example)}"
         ) from error
 
 
@@ -137,7 +138,9 @@ def _call(model: nn.Module, batch: Arguments) -> None:
         with torch.no_grad():
             model(*copy_inputs(batch))
     except Exception as error:
-        raise InputError(f"data of shape {shapes_of(batch)} do not fit {type(model).__name__}: {error}") from error
+        raise InputError(
+            f"data of shape {shapes_of(batch)} do not fit {type(model).__name__}: {error}{single_image(batch)}"
+        ) from error
 
 
 @contextmanager

@@ -133,8 +133,19 @@ def _ratio(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1), not {value!r}")
     if not 0 <= float(value) < 1:  # false for NaN too
-        raise InputError(f"{name} is the share of connections pruned and must lie in [0, 1), not {value}")
+        raise InputError(
+            f"{name} is the share of connections pruned and must lie in [0, 1), not {value}{meant_as_share(value)}"
+        )
     return float(value)
+
+
+def meant_as_share(value: Any) -> str:
+    """What to ask behind a message that a number is no share: whether it was meant as percent.
+
+    >>> meant_as_share(80), meant_as_share(1), meant_as_share(float("nan"))
+    ('; did you mean 0.8?', '', '')
+    """
+    return f"; did you mean {float(value) / 100:g}?" if 2 <= float(value) < 100 else ""
 
 
 def _integer(value: object, name: str, least: int) -> int:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs
 from passes.errors import InputError
-from passes.examples import Arguments, shapes_of
+from passes.examples import Arguments, shapes_of, single_image
 from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
@@ -136,7 +136,7 @@ class Held:
         self._values = theirs, mine
         self._next = 0
         self.chosen = False
-        self._shapes = shapes_of(arguments[1])
+        self._shapes, self._hint = shapes_of(arguments[1]), single_image(arguments[1])
 
     @property
     def nbytes(self) -> int:
@@ -181,7 +181,9 @@ class Held:
             return replay.run_node(twin)
         except Exception as error:
             where = f"at layer {self._walk.name(node)!r}" if node.op == "call_module" else f"at {node.name!r}"
-            raise InputError(f"data of shape {self._shapes} does not fit the model {where}: {error}") from error
+            raise InputError(
+                f"data of shape {self._shapes} does not fit the model {where}: {error}{self._hint}"
+            ) from error
 
 
 def _bound(placeholders: list[fx.Node], given: Arguments) -> dict[fx.Node, Any]:

@@ -21,6 +21,7 @@ from passes.pairing import walkable_regions
 from passes.plan import LayerPlan
 from passes.random_state import own_random_state
 from passes.selection import target_of
+from passes.settings import meant_as_share
 from passes.tandem import Walk
 from passes.unit import Unit
 from sgfx.counting import count_macs
@@ -45,7 +46,9 @@ def checked_budget(budget: object) -> tuple[str, float]:
     if isinstance(share, bool) or not isinstance(share, Real):
         raise TypeError(f"budget[{measure!r}] must be a number in (0, 1], not {share!r}")
     if not 0 < float(share) <= 1:
-        raise InputError(f"budget[{measure!r}] is the share that remains and must lie in (0, 1], not {share}")
+        raise InputError(
+            f"budget[{measure!r}] is the share that remains and must lie in (0, 1], not {share}{meant_as_share(share)}"
+        )
     return measure, float(share)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
-from passes.examples import Arguments, read_examples, shapes_of
+from passes.examples import Arguments, read_examples, shapes_of, single_image
 from passes.random_state import preserved_random_state
 from sgfx.calibration import check_compiled
 from sgfx.progress import progress_bar
@@ -140,7 +140,8 @@ def _run(model: nn.Module, inputs: Arguments) -> Any:
     try:
         return model(*inputs)
     except Exception as error:
-        raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}") from error
+        hint = single_image(inputs)
+        raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}{hint}") from error
 
 
 def _drawer(batches: list[Arguments]) -> Callable[[], Arguments]:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
-from passes.examples import shapes_of
+from passes.examples import shapes_of, single_image
 from passes.layers.grouped import Grouped
 from passes.values import mapped, tensors_in
 
@@ -83,7 +83,8 @@ class Teacher:
             with torch.no_grad():
                 return self._model(*in_single_precision(copy_inputs(inputs)))
         except Exception as error:
-            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}") from error
+            hint = single_image(inputs)
+            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}{hint}") from error
 
 
 def distance(outputs: Any, wanted: Any) -> Tensor:

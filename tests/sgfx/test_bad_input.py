@@ -144,3 +144,39 @@ def test_nothing_is_changed_by_an_error(inplace):
         torch.equal(a, b) or a.isnan().any() for a, b in zip(model.state_dict().values(), state.values(), strict=True)
     )
     assert sgfx.plans(model) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        ({"ratio": 80}, "ratio is the share .* not 80; did you mean 0.8"),
+        ({"ratio": 0.8, "linear_ratio": 60.0}, "linear_ratio is .* not 60.0; did you mean 0.6"),
+        ({"ratio": 0.8, "step": 5}, "step is .* not 5; did you mean 0.05"),
+        ({"ratio": 0.8, "overrides": {"2": {"ratio": 50}}}, "ratio of override '2' is .* not 50; did you mean 0.5"),
+        ({"budget": {"macs": 30}}, r"budget\['macs'\] is the share that remains .* not 30; did you mean 0.3"),
+        ({"budget": {"params": 12.5}}, r"budget\['params'\] .* not 12.5; did you mean 0.125"),
+        ({"ratio": 1.0}, r"not 1.0$"),
+        ({"ratio": 100}, r"not 100$"),
+        ({"ratio": float("inf")}, r"not inf$"),
+    ],
+)
+def test_percent_where_a_share_is_meant(options, meant):
+    with pytest.raises(sgfx.InputError, match=meant):
+        sgfx.compile(ready(), calibration=torch.zeros(4, 3, 6, 6), **options)
+
+
+@pytest.mark.parametrize("data", [torch.randn(3, 6, 6), [(torch.randn(3, 6, 6), 4)] * 2], ids=["tensor", "dataset"])
+def test_single_images_where_batches_are_meant(data):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
+    small = sgfx.compile(model, groups=2, ratio=0.5)
+    message = (
+        r"data of shape \[3, 6, 6\] do(es)? not fit .*expected 4D input.*If that is a single image .*image\[None\]"
+    )
+    calls = (
+        lambda: sgfx.calibrate(model, small, data),
+        lambda: sgfx.distill(model, small, data),
+        lambda: sgfx.compile(model, groups=2, budget={"params": 0.7}, calibration=data),
+    )
+    for call in calls:
+        with pytest.raises(sgfx.InputError, match=message):
+            call()

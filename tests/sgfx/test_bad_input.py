@@ -169,9 +169,7 @@ def test_percent_where_a_share_is_meant(options, meant):
 def test_single_images_where_batches_are_meant(data):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)).eval()
     small = sgfx.compile(model, groups=2, ratio=0.5)
-    message = (
-        r"data of shape \[3, 6, 6\] do(es)? not fit .*expected 4D input.*If that is a single image .*image\[None\]"
-    )
+    message = r"data of shape \[\d, 6, 6\] do(es)? not fit .*If that is a single image .*image\[None\]"
     calls = (
         lambda: sgfx.calibrate(model, small, data),
         lambda: sgfx.distill(model, small, data),

@@ -23,7 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 from passes.facts import Observation, Region, Regions
 from passes.layers.grouped import Grouped
 from passes.observation import observe
-from passes.trace import Tracing, UntraceableError, join
+from passes.trace import Tracing, UntraceableError
+from passes.tracer import join
 from passes.unit import Pass, Unit
 
 ASKS_FOR_PARAMETERS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict"}

@@ -24,7 +24,7 @@ from passes.layers.grouped import Grouped
 from passes.mutation import works_in_place
 from passes.operations import module_of
 from passes.shapes import find_shapes
-from passes.trace import join
+from passes.tracer import join
 from passes.values import tensors_in
 
 Pair: TypeAlias = tuple[Arguments, Arguments]  # for the dense and for the compressed graph

@@ -20,7 +20,7 @@ from passes.pairing import walkable_regions
 from passes.plan import layer_shape, plans
 from passes.random_state import own_random_state
 from passes.settings import check_model
-from passes.trace import join
+from passes.tracer import join
 from sgfx.progress import progress_bar
 
 M = TypeVar("M", bound=nn.Module)

@@ -21,7 +21,7 @@ from passes.errors import InputError
 from passes.examples import shapes_of
 from passes.random_state import seed_all
 from passes.rebinding import held_by, rebound
-from passes.trace import has_global_hooks
+from passes.tracer import has_global_hooks
 from passes.values import tensors_in
 
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, ModuleType, type)

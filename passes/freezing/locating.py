@@ -21,7 +21,7 @@ from passes.freezing.doubt import Expected, Inputs, Record
 from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import seed_all
 from passes.regions import find_regions
-from passes.trace import join
+from passes.tracer import join
 from passes.values import tensors_in
 
 

@@ -13,6 +13,8 @@ from passes.layers.grouped import Grouped
 from tests import custom_layers as layers
 from tests.custom_layers import Around, randomized
 
+pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
+
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

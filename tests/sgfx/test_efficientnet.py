@@ -9,6 +9,7 @@ import sgfx
 from tests.custom_layers import randomized
 
 efficientnet = pytest.importorskip("efficientnet_pytorch")
+pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
 
 
 def network(image_size, blocks=16):

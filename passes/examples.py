@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.arguments import bound
 from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.random_state import own_random_state
@@ -19,12 +20,13 @@ Arguments = tuple[Any, ...]
 
 
 def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
-    """Read `data` once and return the positional arguments that `model` is to be called with, batch by batch.
+    """Read `data` once and return the arguments that `model` is to be called with, batch by batch.
 
     Args:
         data: a tensor ``[N, …]`` of examples, or an iterable of batches; a batch is a tensor, or a tuple or list that
             starts with the input (whatever follows, such as labels, is not looked at). Where the forward of the model
-            requires several inputs, a batch starts with all of them, or with a tuple of them.
+            requires several inputs, a batch starts with all of them, or with a tuple of them. A batch that is a dict
+            holds keyword arguments; those that the forward does not know, and ``labels``, are left out.
         name: what the caller calls it, for messages.
         model: the arguments are moved to the device of its first parameter.
 
@@ -45,7 +47,7 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
     batches: list[Arguments] = []
     with own_random_state():  # a loader that shuffles draws from the global one
         for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
-            given = _arguments(batch, required, name, number)
+            given = _arguments(model, batch, required, name, number)
             if not isinstance(data, Tensor | list | tuple):
                 given = copy_inputs(given)  # a generator may fill the same tensor again
             batches += _cut(mapped(given, lambda x: x.to(device)))
@@ -71,19 +73,40 @@ def _required_inputs(model: nn.Module) -> int:
     """How many inputs the forward of a model can't do without, at least 1."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = inspect.signature(model.forward).parameters.values()
-    keyword = next((p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty), None)
-    if keyword is not None:
-        raise InputError(
-            f"{type(model).__name__}.forward requires the keyword argument {keyword!r}, and data give arguments by "
-            "position alone: wrap the model in a module that sets it"
-        )
     return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
-def _arguments(batch: Any, required: int, name: str, number: int) -> Arguments:
-    """What a batch starts with, as arguments."""
+def _check_positional(model: nn.Module) -> None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    keyword = next((p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty), None)
+    if keyword is not None:
+        raise InputError(
+            f"{type(model).__name__}.forward requires the keyword argument {keyword!r}: give batches that are dicts of "
+            "keyword arguments"
+        )
+
+
+def _named(model: nn.Module, batch: Mapping[str, Any], where: str) -> Arguments:
+    """A batch that is a dict, as arguments: what the forward knows by these names, without ``labels``."""
+    parameters = inspect.signature(model.forward).parameters
+    known = {key: value for key, value in batch.items() if key in parameters and key != "labels"}
+    if not known:
+        raise InputError(
+            f"{where} is a dict with the keys {sorted(map(str, batch))}, and {type(model).__name__}.forward takes none "
+            f"of them: it takes {', '.join(map(repr, parameters))}"
+        )
+    return bound(model, (), known, where)
+
+
+def _arguments(model: nn.Module, batch: Any, required: int, name: str, number: int) -> Arguments:
+    """What a batch starts with, or what a dict holds by name, as arguments."""
     several = isinstance(batch, tuple | list) and len(batch) > 0
     inputs: Any = batch[:required] if several else (batch,)
+    by_name = isinstance(batch, Mapping)
+    if by_name:
+        inputs = _named(model, batch, f"batch {number} of {name}")
+    else:
+        _check_positional(model)
     if required > 1 and several and isinstance(batch[0], tuple | list):
         inputs = batch[0]
     tensors = tensors_in(inputs)
@@ -92,7 +115,7 @@ def _arguments(batch: Any, required: int, name: str, number: int) -> Arguments:
             f"{name} must give batches that are tensors, or tuples or lists with the input first; batch {number} is a "
             f"{type(batch).__name__}"
         )
-    if len(inputs) != required:
+    if len(inputs) != required and not by_name:
         raise InputError(
             f"the model requires {required} inputs, but batch {number} of {name} holds {len(inputs)}: give batches "
             "that are tuples and start with all of them"

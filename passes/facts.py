@@ -33,7 +33,8 @@ class Settings:
         overrides: names or patterns of layers, with their own ``groups`` and ``ratio``.
         criterion: ``"l1"``, ``"l2"`` or a callable from the weight to an importance ``[C_out, C_in]``.
         seed: seed of the clustering.
-        example_inputs: positional arguments of the model's forward, to check and to know shapes; None if not given.
+        example_inputs: arguments of the model's forward (`passes.arguments`), to check and to know shapes; None if not
+            given.
         leaf_modules: paths of modules that are not to be traced into.
     """
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from passes.arguments import call
 from passes.copying import copy_inputs, unhooked_copy
 from passes.examples import Arguments
 
@@ -67,7 +68,7 @@ def seen_by_norms(model: nn.Module, batches: Iterable[Arguments]) -> list[SeenNo
             hooks.callback(norm.register_forward_pre_hook(partial(_note, seen[path])).remove)
         for given in batches if norms else ():
             try:
-                quiet(*copy_inputs(given))
+                call(quiet, copy_inputs(given))
             except Exception:
                 return []
     return [_compared(path, norms[path], moments) for path, moments in seen.items() if moments.count >= LEAST]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.arguments import call
 from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.facts import Observation
@@ -65,7 +66,7 @@ class _Watch(ParameterWatch):
             handles.append(module.register_forward_hook(leaving, always_call=True))
         try:
             with self:
-                self._model(*copy_inputs(inputs))
+                call(self._model, copy_inputs(inputs))
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.arguments import call
 from passes.choices import WatchForChoices
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
@@ -60,7 +61,7 @@ def walkable_regions(
 
 def _regions(model: nn.Module, example: Arguments, leaves: Collection[str]) -> tuple[Region, ...]:
     """The regions of a model; the example is only run where it can't be traced whole."""
-    parts = find_regions(model, leaf_modules=leaves).parts
+    parts = find_regions(model, leaf_modules=leaves).parts if len(example) == 1 else ()
     if [region.path for region in parts] == [""]:
         return parts
     try:
@@ -136,7 +137,7 @@ def _calls(model: nn.Module, path: str, batch: Arguments) -> Calls:
 def _call(model: nn.Module, batch: Arguments) -> None:
     try:
         with torch.no_grad():
-            model(*copy_inputs(batch))
+            call(model, copy_inputs(batch))
     except Exception as error:
         raise InputError(
             f"data of shape {shapes_of(batch)} do not fit {type(model).__name__}: {error}{single_image(batch)}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from passes.arguments import ExampleInputs, as_inputs
 from passes.errors import InputError
 from passes.facts import Criterion, Settings
 from passes.importance import NORMS
@@ -29,7 +30,7 @@ def checked_settings(
     ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     overrides: Mapping[str, Mapping[str, float]] | None = None,
     criterion: Criterion = "l1",
-    example_inputs: Tensor | tuple[object, ...] | None = None,
+    example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     leaf_modules: LeafModules = (),
 ) -> Settings:
@@ -55,19 +56,8 @@ def checked_settings(
         overrides=resolved,
         criterion=criterion,
         seed=_integer(seed, "seed", 0),
-        example_inputs=as_inputs(example_inputs),
+        example_inputs=as_inputs(example_inputs, model),
         leaf_modules=resolved_leaves(model, leaf_modules),
-    )
-
-
-def as_inputs(example_inputs: object) -> tuple[object, ...] | None:
-    """Return example inputs as a tuple of positional arguments."""
-    if example_inputs is None or isinstance(example_inputs, tuple):
-        return example_inputs
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    raise TypeError(
-        f"example_inputs must be a tensor or a tuple of positional arguments, not {type(example_inputs).__name__}"
     )
 
 

@@ -14,13 +14,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
 
+from passes.arguments import collected, fixed
 from passes.as_torch_made_it import change_of
 from passes.copying import unhooked_copy
 from passes.errors import InputError
@@ -112,7 +112,8 @@ class Tracing:
 
     def whole(self, example_inputs: tuple[object, ...] | None = None) -> Region:
         """Trace the whole model; see `trace`."""
-        region = self.part("", len(example_inputs or ()))
+        given = example_inputs or ()
+        region = self.part("", len(given), fixed(self._model, len(given), given))
         if example_inputs is not None:
             try:
                 propagate_shapes(region.graphs["eval"], example_inputs)
@@ -122,8 +123,10 @@ class Tracing:
                 forget_shapes(region.graphs["eval"])
         return region
 
-    def part(self, path: str, given: int) -> Region:
+    def part(self, path: str, given: int, kept: Mapping[str, Any] | None = None) -> Region:
         """Trace the submodule at `path` in all modes, called with `given` arguments.
+
+        Those in `kept` have these values; if it is None, those that are not given keep their default.
 
         Raises:
             UntraceableError: torch.fx can't trace it.
@@ -132,13 +135,15 @@ class Tracing:
             known = len(self.closed)
             graphs, read, opened = {}, set(), set()
             for mode in self.shadows:
-                graphs[mode], plain, used = self._trace(path, mode, given)
+                graphs[mode], plain, used = self._trace(path, mode, given, kept)
                 read |= used
                 opened |= {join(path, each) for each in plain}
             if len(self.closed) == known:  # else they are leaves, in all modes
                 return Region(path, graphs, frozenset(read), frozenset(opened))
 
-    def _trace(self, path: str, mode: str, given: int) -> tuple[fx.GraphModule, set[str], set[str]]:
+    def _trace(
+        self, path: str, mode: str, given: int, kept: Mapping[str, Any] | None
+    ) -> tuple[fx.GraphModule, set[str], set[str]]:
         """Trace the submodule at `path`.
 
         Returns the graph, the paths in it of the layers that were opened, and those of the parameters that were used.
@@ -153,6 +158,7 @@ class Tracing:
         opening = {each: layer for each, layer in layers.items() if join(path, each) not in left}
         stand_ins = traceable(layers)
         tracer = Tracer(path, self._leaves, self.hooked, {each: stand_ins.get(each, opening[each]) for each in opening})
+        tracer.collected = collected(root, given)
         try:
             with (
                 ParameterWatch(self.shadows[mode], isolate=True) as watch,
@@ -161,13 +167,13 @@ class Tracing:
                 replaced(root, stand_ins),
             ):
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
-                graph = tracer.trace(root, concrete_args=_defaults(root, given))
+                graph = tracer.trace(root, concrete_args=fixed(root, given) if kept is None else dict(kept))
         except Exception as error:
             if tracer.refused is not None:  # so are its likes, very likely
                 kind = type(tracer.opening[tracer.refused])
                 alike = (each for each, layer in tracer.opening.items() if type(layer) is kind)
                 self.closed.update((join(path, each), UNTRACEABLE) for each in alike)
-                return self._trace(path, mode, given)
+                return self._trace(path, mode, given, kept)
             where = tracer.failed or type(root).__name__
             failure = UntraceableError(
                 f"torch.fx can't trace {where} in {mode} mode: {error}\n"
@@ -190,10 +196,3 @@ def _first_sentence(error: Exception) -> str:
 def _modes(model: nn.Module) -> list[str]:
     training = {module.training for module in model.modules()}
     return ["eval", "train"] if len(training) == 1 else ["eval", "train", "mixed"]
-
-
-def _defaults(model: nn.Module, given: int) -> dict[str, Any]:
-    """Default values of the forward's arguments behind the first `given`."""
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = list(inspect.signature(model.forward).parameters.values())[given:]
-    return {p.name: p.default for p in parameters if p.kind in kinds and p.default is not p.empty}

@@ -6,9 +6,11 @@ under ``meta["exposed"]``, and what a custom layer gives under ``meta["given_by"
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -81,6 +83,7 @@ class Tracer(fx.Tracer):
 
     failed: str | None = None
     refused: str | None = None  # path of the custom layer that could not be opened
+    collected = 0  # how many arguments go into *args
 
     def __init__(
         self,
@@ -103,6 +106,25 @@ class Tracer(fx.Tracer):
             return False
         ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Call the forward as Python would, whatever it is wrapped in; what is collected in ``*args`` has names too."""
+        function, given = inspect.unwrap(root_fn), concrete_args or {}
+        signature = inspect.signature(function)
+        args: list[Any] = [self.root]
+        keywords: dict[str, Any] = {}
+        for name, parameter in inspect.signature(self.root.forward).parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                if not self.collected:
+                    raise TypeError(f"its forward takes *{name}: give example_inputs, so that their number is known")
+                args += [self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(self.collected)]
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[name] = self._proxy_placeholder(name, given, signature, function)
+                if isinstance(keywords[name], fx.Proxy) and not keywords[name].node.args:
+                    keywords[name].node.args = (None,)  # in the code of a graph it may stand behind some with a default
+            elif parameter.kind is not parameter.VAR_KEYWORD:
+                args.append(self._proxy_placeholder(name, given, signature, function))
+        return partial(root_fn, **keywords), args
 
     def create_arg(self, a: Any) -> Any:
         """Note a dataclass as a call of its class with all fields, even one that is a dict (as transformers have)."""

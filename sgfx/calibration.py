@@ -40,8 +40,8 @@ def calibrate(dense: nn.Module, small: M, data: Any, *, progress: bool = True) -
         small: what `sgfx.compile` (without ``eliminate=True``) or `Pruner.lower` made of it, changed in place once
             everything has succeeded.
         data: a tensor ``[N, …]`` of examples, or an iterable of batches, read once; a batch is a tensor, or a tuple or
-            list that starts with the input (with all inputs, where the model's forward requires several). A few hundred
-            examples from the training data are enough.
+            list that starts with the input (with all inputs, where the model's forward requires several), or a dict of
+            keyword arguments. A few hundred examples from the training data are enough.
         progress: show a progress bar, on a terminal.
 
     Returns:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.adoption import adopt
+from passes.arguments import ExampleInputs, as_inputs
 from passes.copying import copy_model
 from passes.errors import InputError
 from passes.examples import Arguments, read_examples
@@ -16,7 +17,7 @@ from passes.facts import Criterion, Settings
 from passes.manager import run_passes
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
 from passes.plan import LayerPlan
-from passes.settings import LeafModules, as_inputs, check_model, checked_settings, listed, resolved_leaves
+from passes.settings import LeafModules, check_model, checked_settings, listed, resolved_leaves
 from passes.unit import Unit
 from sgfx.budgets import Budget, checked_budget, spend
 from sgfx.calibration import calibrate_on
@@ -36,7 +37,7 @@ def compile(
     ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     overrides: Mapping[str, Mapping[str, float]] | None = None,
     criterion: Criterion = "l1",
-    example_inputs: Tensor | tuple[object, ...] | None = None,
+    example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     inplace: bool = False,
     step: float | None = None,
@@ -65,9 +66,9 @@ def compile(
             that are regrouped anyway. Later patterns win over earlier ones, exact names over patterns.
         criterion: ``"l1"``, ``"l2"``, or a callable from the weight ``[C_out, C_in, *kernel]`` to an importance
             ``[C_out, C_in]``, finite and not negative (the paper's eq. 5, 6).
-        example_inputs: a tensor or a tuple of positional arguments, checked against the model. If it can't be traced
-            whole, they are run through a copy without hooks, to see how the layers outside the traced parts are used;
-            without them these layers are left alone.
+        example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict;
+            checked against the model. If it can't be traced whole, they are run through a copy without hooks, to see
+            how the layers outside the traced parts are used; without them these layers are left alone.
         seed: seed of the clustering; no global random state is read or changed.
         inplace: change `model` itself, after everything has succeeded on a copy, and return it.
         step: prune in steps of this share, as the paper's local scheme does, instead of at once.
@@ -112,16 +113,16 @@ def compile(
         if batches is not None:
             calibrate_on(model, small, batches, leaves)
         if eliminate:
-            eliminated(small, example_inputs, leaves)
+            eliminated(small, as_inputs(example_inputs, model), leaves)
     if not inplace:
         return small
     adopt(model, small)
     return model
 
 
-def eliminated(small: nn.Module, example_inputs: object, leaves: tuple[str, ...] = ()) -> nn.Module:
+def eliminated(small: nn.Module, inputs: tuple[object, ...] | None, leaves: tuple[str, ...] = ()) -> nn.Module:
     """Remove, in place, what nobody reads in a lowered model, and return it; `leaves` are paths of leaf modules."""
-    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=as_inputs(example_inputs), leaf_modules=leaves)))
+    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
     return small
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.arguments import call
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.freezing.choosing import chosen_layers, chosen_macs
@@ -88,7 +89,7 @@ def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[s
 
     try:
         with FlopCounterMode(display=False, custom_mapping=torch_formulas()) as counter:
-            model(*inputs)
+            call(model, inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
         raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error

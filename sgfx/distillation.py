@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from passes.arguments import call
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import Arguments, read_examples, shapes_of, single_image
@@ -138,7 +139,7 @@ def _descend(
 
 def _run(model: nn.Module, inputs: Arguments) -> Any:
     try:
-        return model(*inputs)
+        return call(model, inputs)
     except Exception as error:
         hint = single_image(inputs)
         raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}{hint}") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from passes.arguments import ExampleInputs, as_inputs, split
 from passes.comparing import distance, kinds, rounding
 from passes.copying import unhooked_copy
 from passes.errors import InputError
@@ -26,7 +27,7 @@ from passes.layers.surgery import hook_dicts
 from passes.plan import plans
 from passes.python_names import rename_in_program
 from passes.random_state import preserved_random_state
-from passes.settings import as_inputs, check_model
+from passes.settings import check_model
 from passes.values import mapped, tensors_in
 from sgfx.compiler import eliminated
 from sgfx.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
@@ -70,7 +71,7 @@ class Exported:
 def export(
     small: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Tensor | tuple[object, ...],
+    example_inputs: ExampleInputs,
     *,
     form: Form | None = None,
     opset: int | None = None,
@@ -85,7 +86,7 @@ def export(
             dataclasses among the outputs become dicts, and named tuples tuples.
         path: the file; its suffix chooses the format. ``torch.export.load(path).module()`` runs the one, any ONNX
             runtime the other (``pip install 'sgfx[onnx]'`` to write it).
-        example_inputs: a tensor or a tuple of positional arguments.
+        example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict.
         form: ``"dense"`` (zeros in place of pruned weights, the library's speed) or ``"blocks"`` (a small file, the
             paper's deployment); None means the one that is faster in ONNX Runtime.
         opset: of ONNX; None means torch.onnx's own choice.
@@ -117,9 +118,14 @@ def export(
         raise TypeError(f"dynamic_shapes must be a tuple or dict with an entry for each input, not {dynamic_shapes!r}")
     options = OnnxOptions(opset, input_names, output_names, dynamic_shapes)
     options.check(suffix)
-    given = as_inputs(example_inputs)
+    given = as_inputs(example_inputs, small)
     if given is None:
         raise TypeError("example_inputs must be a tensor or a tuple of positional arguments, not None")
+    if by_name := split(small, given)[1]:
+        raise InputError(
+            f"files take arguments by position, and {type(small).__name__}.forward takes {next(iter(by_name))!r} by "
+            "name alone: wrap the model in a module that takes it by position"
+        )
     with preserved_random_state(), torch.no_grad():
         model = unhooked_copy(small).cpu().requires_grad_(False).eval()
         inputs = mapped(given, lambda x: x.detach().cpu().clone())

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
 
+from passes.arguments import ExampleInputs, as_inputs
 from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.freezing.assemble import Part, fused_parts, without_unread_filters
@@ -20,13 +21,13 @@ from passes.freezing.forms import fastest_form, form_as_told
 from passes.freezing.hooks import check_hooks
 from passes.freezing.stopwatch import Stopwatch
 from passes.random_state import preserved_random_state
-from passes.settings import as_inputs, check_model
+from passes.settings import check_model
 from sgfx.progress import progress_bar
 
 
 def freeze(
     model: nn.Module,
-    example_inputs: Tensor | tuple[object, ...],
+    example_inputs: ExampleInputs,
     *,
     strategy: str | None = None,
     decisions: Decisions | Mapping[str, Any] | None = None,
@@ -41,7 +42,8 @@ def freeze(
 
     Args:
         model: a dense or a compiled model; it is neither run nor changed (but for the decisions, which stay with it).
-        example_inputs: a tensor or a tuple of positional arguments, of the shape that will be asked for most.
+        example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict,
+            of the shape that will be asked for most.
         strategy: None to measure; ``"library"`` or ``"kernel"`` to force one.
         decisions: those of an earlier result (or their ``to_dict()``), so that nothing is measured. They hold for the
             kind of machine and the number of threads that they were made on; elsewhere a warning says that they don't.
@@ -60,7 +62,7 @@ def freeze(
     check_model(model)
     if frozen_before := next(iter(chosen_layers(model)), None):
         raise InputError(f"the model is frozen already, at {frozen_before!r}: freeze the one that it was made from")
-    inputs: tuple[object, ...] = copy_inputs(as_inputs(example_inputs) or ())
+    inputs: tuple[object, ...] = copy_inputs(as_inputs(example_inputs, model) or ())
     if not inputs:
         raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
     _check_weights(model)

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from passes.arguments import ExampleInputs
 from passes.copying import copy_model
 from passes.errors import InputError
 from passes.facts import Criterion
@@ -69,7 +70,7 @@ class Pruner(Generic[M]):
         ignore: str | nn.Module | Iterable[str | nn.Module] = (),
         overrides: Mapping[str, Mapping[str, float]] | None = None,
         criterion: Criterion = "l1",
-        example_inputs: Tensor | tuple[object, ...] | None = None,
+        example_inputs: ExampleInputs | None = None,
         seed: int = 0,
         leaf_modules: LeafModules = (),
     ) -> None:

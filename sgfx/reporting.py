@@ -9,34 +9,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from passes.arguments import ExampleInputs, as_inputs
 from passes.cut import cuts
 from passes.errors import InputError
 from passes.freezing.decisions import Decisions
 from passes.plan import LayerPlan, layer_shape, plans
-from passes.settings import as_inputs, check_model
+from passes.settings import check_model
 from sgfx.counting import count_macs
 from sgfx.frozen import FrozenLayer, decisions_in, frozen_layers, frozen_params
 from sgfx.reports import LayerReport, Report, Share
 
 
-def report(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[object, ...]) -> Report:
+def report(dense: nn.Module, small: nn.Module, example_inputs: ExampleInputs) -> Report:
     """Compare a compiled model with the dense one it was made from.
 
     Args:
         dense: the model before `sgfx.compile`. Neither model is changed.
         small: what `sgfx.compile` or `Pruner.lower` returned, or a masked model (which computes as much as `dense`), or
             what `sgfx.freeze` made of one of these or of `dense`.
-        example_inputs: a tensor or a tuple of positional arguments; MACs are counted for these.
+        example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict;
+            MACs are counted for these.
 
     Raises:
         InputError: `small` was not compiled, is no compiled form of `dense`, or the inputs do not fit.
     """
     check_model(dense)
     check_model(small)
-    inputs = as_inputs(example_inputs) or ()
+    inputs = as_inputs(example_inputs, dense) or ()
     if (decisions := decisions_in(small)) is not None:
         frozen = frozen_layers(dense, small, decisions)
         params = {"": frozen_params(small, frozen)} | {path: layer.params for path, layer in frozen.items()}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from passes.arguments import call
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
 from passes.examples import shapes_of, single_image
@@ -81,7 +82,7 @@ class Teacher:
             self._model.to(tensor.device)
         try:
             with torch.no_grad():
-                return self._model(*in_single_precision(copy_inputs(inputs)))
+                return call(self._model, in_single_precision(copy_inputs(inputs)))
         except Exception as error:
             hint = single_image(inputs)
             raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}{hint}") from error

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from passes.arguments import ExampleInputs, as_inputs, call
 from passes.comparing import distance
 from passes.copying import copy_inputs, unhooked_copy
 from passes.cut import channel_dim, cut_of, cuts
@@ -27,7 +28,6 @@ from passes.layers.masked import Masked
 from passes.plan import LayerPlan
 from passes.random_state import own_random_state
 from passes.scattering import as_rows, masked_reference, rows_by_name
-from passes.settings import as_inputs
 from passes.values import Plain, comparable, mapped, tensors_in
 from sgfx.reporting import plans_of_pair
 
@@ -103,14 +103,15 @@ class Verification:
         return f"{text}\n{len(different)} of {len(self.layers)} layers differ:\n{table}"
 
 
-def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[object, ...]) -> Verification:
+def verify(dense: nn.Module, small: nn.Module, example_inputs: ExampleInputs) -> Verification:
     """Compare a regrouped model with the masked one it stands for: outputs, layers, gradients, in eval and train mode.
 
     Args:
         dense: the model before `sgfx.compile`. Neither model is run or changed.
         small: what `sgfx.compile` or `Pruner.lower` returned, fine-tuned or not.
-        example_inputs: a tensor or a tuple of positional arguments, which fit both modes: at least two images where
-            the model has batch norms, and the targets where a detector needs them to train.
+        example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict,
+            which fit both modes: at least two images where the model has batch norms, and the targets where a detector
+            needs them to train.
 
     Raises:
         InputError: `small` was not compiled, is no compiled form of `dense`, the inputs do not fit, or the outputs hold
@@ -120,7 +121,7 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Tensor | tuple[ob
     masked = next((path for path, module in small.named_modules() if isinstance(module, Masked)), None)
     if masked is not None:
         raise InputError(f"layer {masked!r} of small is masked, not regrouped: verify what Pruner.lower returns")
-    inputs = as_inputs(example_inputs) or ()
+    inputs = as_inputs(example_inputs, dense) or ()
     reference, twin = masked_reference(dense, small), unhooked_copy(small)
     rows = rows_by_name(dense, small)
     moved, weights_moved = _moved(dense, small, rows, found)
@@ -202,7 +203,7 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
         with own_random_state(), torch.set_grad_enabled(training):
             random.seed(0)
             np.random.seed(0)
-            given = model(*copy_inputs(inputs))
+            given = call(model, copy_inputs(inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         mode = "train" if training else "eval"

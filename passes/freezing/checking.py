@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from passes.arguments import call
 from passes.comparing import distance, kinds, rounding
 from passes.copying import copy_inputs, unhooked_copy
 from passes.errors import InputError
@@ -82,7 +83,7 @@ def _trials(inputs: Inputs) -> Iterator[Inputs]:
 def _outputs(model: nn.Module, inputs: Inputs, seed: int = 0) -> Outputs:
     seed_all(seed)
     with torch.no_grad():
-        given = model(*copy_inputs(inputs))
+        given = call(model, copy_inputs(inputs))
     outputs = comparable(given, "output")
     if not outputs:
         raise InputError("there is nothing to compare a frozen form by: the outputs hold no tensors and no numbers")

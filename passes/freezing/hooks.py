@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.arguments import call
 from passes.copying import copy_inputs, twins_of, unhooked_copy
 from passes.errors import InputError
 from passes.examples import shapes_of
@@ -49,7 +50,7 @@ def check_hooks(model: nn.Module, inputs: tuple[object, ...]) -> None:
     seed_all(0)
     try:
         with torch.no_grad():
-            twin(*copy_inputs(inputs))
+            call(twin, copy_inputs(inputs))
     except Exception as error:
         raise InputError(f"example_inputs of shape {shapes_of(inputs)} do not fit the model: {error}") from error
     if changing:

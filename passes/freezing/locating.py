@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.arguments import call
 from passes.copying import copy_inputs, unhooked_copy
 from passes.facts import Region
 from passes.freezing.assemble import rewritten, usable, without_unread_filters
@@ -111,4 +112,4 @@ def _arguments(model: nn.Module, path: str, inputs: Inputs) -> Inputs | None:
 def _run(model: Callable[..., Any], inputs: Inputs) -> Any:
     seed_all(0)
     with torch.no_grad():
-        return model(*copy_inputs(inputs))
+        return call(model, copy_inputs(inputs))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.layers.surgery import carry_hooks, hook_dicts
+from passes.plain_weights import removal_of
 from passes.rebinding import globals_of, rebound
 from passes.values import mapped
 
@@ -65,6 +66,9 @@ def _deepcopy(model: M, memo: dict[int, Any]) -> M:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(_culprit(model, memo) or f"{type(model).__name__} can't be copied: {error}") from error
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if not theirs.is_leaf:  # of TorchScript, which copies with a gradient history
+            theirs.detach_().requires_grad_(mine.requires_grad)
     _rebind(twin, twins_of(model, twin))
     return twin
 
@@ -104,6 +108,8 @@ def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:
                 copy.deepcopy(value, {**memo, **inside})
             except Exception as error:
                 where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+                if (removal := removal_of(module)) is not None:
+                    return f"{where} computes its {key} by a hook, which can't be copied: remove it with {removal}"
                 return (
                     f"{where} holds {key!r} ({type(value).__name__}), which can't be copied: {error} "
                     "Delete it before compiling, or keep a detached tensor there"

@@ -29,6 +29,7 @@ from passes.layers.custom import is_custom
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.matching import covers, matches
+from passes.plain_weights import removal_of
 from passes.plan import layer_shape
 from passes.probing import misuse
 from passes.unit import Pass, Unit
@@ -60,6 +61,8 @@ def _obstacle_of_type(path: str, layer: nn.Module, usage: Usage) -> str | None:
     if (change := change_of(layer)) is not None:
         return change
     more = set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules
+    if more and (removal := removal_of(layer)) is not None:
+        return f"its weight is computed by a hook: remove it with {removal}"
     if more and not is_custom(layer):
         return "its weight is computed (weight_norm, spectral_norm, prune), or it holds more than weight and bias"
     weight = layer.weight

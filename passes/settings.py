@@ -18,6 +18,9 @@ from passes.facts import Criterion, Settings
 from passes.importance import NORMS
 from passes.matching import covers, is_pattern, matches
 
+# Of torch, Lightning's Fabric and DeepSpeed, which are not imported here.
+WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "_FabricModule", "DeepSpeedEngine"}
+
 LeafModules: TypeAlias = str | nn.Module | type[nn.Module] | Iterable[str | nn.Module | type[nn.Module]]
 
 
@@ -41,6 +44,8 @@ def checked_settings(
         TypeError: a value is of the wrong type.
     """
     check_model(model)
+    if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        raise InputError(f"{type(model).__name__} has no forward, which would show how its layers are used")
     names = _named(model, listed(ignore, "ignore"), "ignore")
     resolved = _overrides(model, overrides or {})
     for path in resolved:
@@ -70,17 +75,24 @@ def check_model(model: nn.Module) -> None:
             f"{cycle!r} is a module that holds it itself, so that torch's own train() and state_dict() never end; "
             "keep that reference out of the registered modules, such as in a tuple"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("the model is TorchScript; compile the Python module it was made from")
+    if hasattr(model, "_original_forward"):
+        raise InputError(
+            "the model's forward was wrapped by accelerate; compile accelerator.unwrap_model(model, "
+            "keep_fp32_wrapper=False), and prepare the result"
+        )
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         kind = type(module)
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # left alone, as a whole
+        if kind.__name__ in WRAPPERS:
             raise InputError(f"{where} is wrapped in {kind.__name__}; compile its .module and wrap the result")
         if kind.__module__.startswith("torch._dynamo"):
             raise InputError(
                 f"{where} is a torch.compile wrapper; compile its ._orig_mod, then torch.compile the result"
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(f"{where} is TorchScript; compile the Python module it was made from")
         if "quantized" in kind.__module__.split(".") and kind.__module__.startswith("torch."):
             raise InputError(
                 f"{where} ({kind.__name__}) is quantized; compile the floating-point model, then quantize it"

@@ -104,7 +104,7 @@ class Tracer(fx.Tracer):
             return True
         if module_qualified_name in self.opening:
             return False
-        ours = isinstance(m, _ConvNd | nn.Linear | Grouped) or is_frozen_norm(m)
+        ours = isinstance(m, _ConvNd | nn.Linear | Grouped | torch.jit.ScriptModule) or is_frozen_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:

@@ -264,6 +264,11 @@ def _fill(small: nn.Module, tensors: dict[str, Tensor], optional: set[str]) -> N
         elif value is not None and name not in optional:
             raise InputError(f"{name!r} is {_kind(value)} in the file and {_kind(mine)} in the model")
     for module in small.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its registries can't be written to
+            with torch.no_grad():
+                for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    each.copy_(values.get(id(each), each))
+            continue
         registries: tuple[dict[str, Any], ...] = module._parameters, module._buffers
         for registry in registries:
             registry.update({key: values[id(mine)] for key, mine in registry.items() if id(mine) in values})

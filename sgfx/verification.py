@@ -4,20 +4,22 @@ The reference is the dense model's structure, filled with the parameters and buf
 (`passes.scattering`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
 user's, first in eval mode and then in train mode. The random numbers of each run start anew: the two draw the
 same ones in the same order, so dropout and stochastic depth stay on and drop the same values. Only where channels
-were eliminated would dropout draw for fewer of them: there, dropout modules are off in both.
+were eliminated would dropout draw for fewer of them: there, dropout is off in both.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from passes.arguments import ExampleInputs, as_inputs, call
 from passes.comparing import distance
@@ -30,6 +32,12 @@ from passes.random_state import own_random_state
 from passes.scattering import as_rows, masked_reference, rows_by_name
 from passes.values import Plain, comparable, mapped, tensors_in
 from sgfx.reporting import plans_of_pair
+
+DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_, torch.feature_dropout,
+    torch.feature_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def _moved(
     distances = {}
     for name, tensor in dense.named_parameters():
         then = as_rows(tensor.detach())[rows[name]].double()
-        distances[name] = float((now[name].detach().double().view_as(then) - then).norm()), float(then.norm())
+        distances[name] = float((now[name].detach().double().reshape(then.shape) - then).norm()), float(then.norm())
     each = {path: _share([distances.get(f"{path}.weight".lstrip("."), (0.0, 0.0))]) for path in found}
     return _share(distances.values()), each
 
@@ -196,18 +204,20 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
 
     handles = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
     model.train(training)
-    for module in model.modules() if fewer else ():
-        if isinstance(module, _DropoutNd):
-            module.eval()
     try:
-        with own_random_state(), torch.set_grad_enabled(training):
+        with own_random_state(), torch.set_grad_enabled(training), _WithoutDropout() if fewer else nullcontext():
             random.seed(0)
             np.random.seed(0)
             given = call(model, copy_inputs(inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
-        mode = "train" if training else "eval"
-        raise InputError(f"example_inputs ({shapes}) do not fit the model in {mode} mode: {error}") from error
+        if training:
+            raise InputError(
+                f"example_inputs ({shapes}) fit the model in eval mode, but not in train mode: {error}. Give inputs "
+                "that fit both: a batch of at least two where there are batch norms, and what training needs besides, "
+                "such as the targets of a detector"
+            ) from error
+        raise InputError(f"example_inputs ({shapes}) do not fit the model in eval mode: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -218,6 +228,17 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
         raise InputError(f"there is nothing to compare: the outputs in {mode} mode hold no tensors and no numbers")
     gradients = _gradients(model, tensors)
     return _Trial(mapped(outputs, Tensor.detach), layers, gradients)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Leaves out dropout, of modules and of functions."""
+
+    def __torch_function__(
+        self, func: Any, types: Collection[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:

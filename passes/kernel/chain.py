@@ -33,9 +33,10 @@ class PackedChain(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute the chain: fp32 ``[N, C, H, W]``, margins included; a tuple unless there is one output."""
+        traced = any(map(is_traced, inputs))
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             raise InputError("packed layers are for inference: they have no gradient. Call them under torch.no_grad()")
-        if any(map(is_traced, inputs)):
+        if traced:
             results = self._one_by_one(inputs)
         else:
             layers: list[Any] = list(self.layers)

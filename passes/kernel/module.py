@@ -24,6 +24,8 @@ _MOST_PROGRAMS = 256  # of one module: pictures may come in any size, for as lon
 
 def is_traced(x: Tensor) -> bool:
     """Whether a call is to be written down, by `torch.compile`, `torch.export` or `torch.jit.trace`, not to be run."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a frozen model takes tensors, not {type(x).__name__}: for an array, torch.from_numpy(x)")
     compiling = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return type(x) is not Tensor or compiling or _get_current_dispatch_mode() is not None
 
@@ -90,9 +92,10 @@ class PackedConv2d(nn.Module):
         self._run(x, residual, out)
 
     def _run(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        traced = is_traced(x)
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("a packed layer is for inference: it has no gradient. Call it under torch.no_grad()")
-        if is_traced(x):
+        if traced:
             return ops.conv2d(x, residual, self.tables, self.form, out)
         inputs = (x,) if residual is None else (x, residual)
         wires = Wires(adds=None if residual is None else 1)

@@ -305,7 +305,7 @@ def test_bad_options_are_refused(options, message):
         ({"ignore": [3]}, "ignore takes names, patterns and modules, not 3"),
         ({"overrides": ["0"]}, "overrides must be a dict"),
         ({"overrides": {"0": 0.5}}, "overrides takes"),
-        ({"example_inputs": [torch.zeros(1)]}, "example_inputs must be a tensor or a tuple"),
+        ({"example_inputs": [torch.zeros(1)]}, "example_inputs must be a tensor, a tuple of positional"),
     ],
 )
 def test_options_of_the_wrong_type_are_refused(options, message):

@@ -15,6 +15,7 @@ deployment. Both give the same numbers; ``form`` is a plain attribute and not pa
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -163,7 +164,9 @@ class Grouped(Structured):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer in its present `form`; shapes are those of the dense layer."""
         if self.form == "dense":
-            return self.with_weight(input, self.dense_weight())
+            y = self.with_weight(input, self.dense_weight())
+            # torchao folds a norm into the convolution right before it, whose weight must be a parameter for that.
+            return torch.ops.aten.alias(y) if torch.compiler.is_exporting() else y
         return self._forward_blocks(self._padded(input))
 
     def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
@@ -174,7 +177,11 @@ class Grouped(Structured):
         """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17). A group without inputs yields its bias."""
         channels = -1 - self._spatial_dims
         kernel = self._dense_shape[2:]
-        weights = torch.split(self.weight, [filters * inputs for filters, inputs in self._blocks])
+        sizes = [filters * inputs for filters, inputs in self._blocks]
+        ends = list(accumulate(sizes))
+        weights = [
+            self.weight[end - size : end] for size, end in zip(sizes, ends, strict=True)
+        ]  # torch.fx can trace it
         reads = torch.split(self._beside_weight(self.inputs), [inputs for _, inputs in self._blocks])
         outputs = [
             self._call(x.index_select(channels, read), weight.view(*block, *kernel), None) if block[1] else None
@@ -221,9 +228,8 @@ def former_structure(buffers: dict[str, Tensor], shape: LayerShape, ratio: float
 
 
 def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(output.shape)
-    shape[dim] = size
-    return output.new_zeros(shape)
+    zero = torch.zeros_like(output.narrow(dim, 0, 1))
+    return torch.cat([zero] * size, dim)
 
 
 class _GroupedConv(Grouped):
@@ -246,7 +252,7 @@ class _GroupedConv(Grouped):
     def _call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self._spatial_dims - 1]
         padding = self.padding if self.padding_mode == "zeros" else 0
-        return convolve(x, weight, bias, self.stride, padding, self.dilation)
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, 1)  # quantizers want all arguments
 
 
 class GroupedConv1d(_GroupedConv):

@@ -7,6 +7,10 @@ can't be compiled must be refused with an `InputError`; any other error counts a
 and the masked network itself moves as far when its input moves in the last place, the network is compiled and compared
 once more with the epsilon of every norm at 1, so that no norm blows up rounding: the same graph, the same plans, and
 nothing left to hide behind. What is too sensitive even then is counted as ill-conditioned.
+
+Half of them are frozen then, in double precision for the library or in single precision for the kernel, and compared
+with their eval form, on the example and on another input. A network in which a hook changes something must be refused,
+and is frozen without its hooks.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sgfx
-from benchmarks.oracle import Run, compare, mask, run
+from benchmarks.oracle import Run, compare, mask, run, tensors_of
 from benchmarks.random_models import networks, taps
 from passes.cut import cuts
 
@@ -35,27 +39,29 @@ CASES: dict[str, Any] = {
     "groups": st.integers(2, 4),
     "ratio": st.sampled_from((0.5, 0.7, 0.8, 0.9, 0.95)),
     "eliminate": st.sampled_from((True, True, False)),
+    "strategy": st.sampled_from((None, None, "library", "kernel")),
 }
+FROZEN_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
 
 
-def examine(net: nn.Module, x: Tensor, groups: int, ratio: float, eliminate: bool) -> str:
-    """Compile and compare; return what came of it, for counting.
+def examine(net: nn.Module, x: Tensor, groups: int, ratio: float, eliminate: bool, strategy: str | None = None) -> str:
+    """Compile and compare, and freeze with `strategy` unless it is None; return what came of it, for counting.
 
     Raises:
         AssertionError: a compiled network differs from the masked one; the message has all that is needed to see why.
     """
-    found = _examine(net, x, groups, ratio, eliminate)
+    found = _examine(net, x, groups, ratio, eliminate, strategy)
     if found != "ill-conditioned":
         return found
     for module in net.modules():
         if "eps" in module.__dict__:
             module.__dict__["eps"] = 1.0
-    found = _examine(net, x, groups, ratio, eliminate)
+    found = _examine(net, x, groups, ratio, eliminate, strategy)
     return found if found == "ill-conditioned" else f"{found} once its norms are tame"
 
 
-def _examine(net: nn.Module, x: Tensor, groups: int, ratio: float, eliminate: bool) -> str:
+def _examine(net: nn.Module, x: Tensor, groups: int, ratio: float, eliminate: bool, strategy: str | None) -> str:
     if not all(_works(net, x, training) for training in (False, True)):
         return "not a network"
     try:
@@ -74,7 +80,63 @@ def _examine(net: nn.Module, x: Tensor, groups: int, ratio: float, eliminate: bo
             return "not finite"
         where = f"{'train' if training else 'eval'} mode, eliminate={eliminate}, groups={groups}, ratio={ratio}"
         assert found.largest <= TOLERANCE, f"{where}: {found}\n{small}"
-    return "exact, something eliminated" if cuts(small) else "exact"
+    exact = "exact, something eliminated" if cuts(small) else "exact"
+    return exact if strategy is None else f"{exact}, {frozen(small, x, strategy)}"
+
+
+def frozen(small: nn.Module, x: Tensor, strategy: str) -> str:
+    """Freeze a compiled network, which is changed, and compare; return what came of it.
+
+    Raises:
+        AssertionError: the frozen form computes something else, or is refused for another reason than a hook.
+    """
+    dtype = torch.float32 if strategy == "kernel" else torch.float64
+    small, x = small.to(dtype).eval(), x.to(dtype)
+    what = "frozen"
+    try:
+        fast = sgfx.freeze(small, x, strategy=strategy)
+    except sgfx.InputError as error:
+        if "changes what the model computes" not in str(error):
+            raise AssertionError(f"freeze, {strategy}: {error}\n{small}") from error
+        for module in small.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        if not _runs(small, x):
+            return "not frozen for its hooks"
+        fast, what = sgfx.freeze(small, x, strategy=strategy), "frozen without its hooks"
+    if "turn on rounding" in fast.decisions.note:  # type: ignore[union-attr, operator]
+        return "frozen but for rounding"
+    for inputs in (x, torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)):
+        expected = _given_by(small, inputs)
+        if not all(float(each.abs().max()) < 1e6 for each in expected):
+            return "frozen, beyond comparison"
+        worst = _apart(expected, _given_by(fast, inputs))
+        if worst > FROZEN_TOLERANCE[dtype]:
+            nudges = torch.finfo(dtype).eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            if worst < 100 * _apart(expected, _given_by(small, inputs * (1 + nudges))):
+                return "frozen but for rounding"
+            raise AssertionError(f"frozen, {strategy}: {worst}\n{small}")
+    return what
+
+
+def _given_by(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_of(model(x.clone()))  # some work on their input in place
+
+
+def _apart(expected: list[Tensor], actual: list[Tensor]) -> float:
+    """The largest difference, relative where values are beyond 1."""
+    pairs = zip(expected, actual, strict=True)
+    return max(float((a - b).abs().max()) / max(1.0, float(a.abs().max())) for a, b in pairs)
+
+
+def _runs(net: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            net(x.clone())
+    except (RuntimeError, ValueError, IndexError, AssertionError):  # as torch's modules say it
+        return False
+    return True
 
 
 def sensitivity(masked: nn.Module, expected: Run, x: Tensor, training: bool) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,7 +135,7 @@ def run(
     np.random.seed(0)
     torch.manual_seed(0)
     with torch.set_grad_enabled(training), tapped(model, taps) as seen:
-        outputs = _tensors(model(*inputs))
+        outputs = tensors_of(model(*inputs))
     if training:
         torch.autograd.backward(_loss(outputs))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -151,7 +151,7 @@ def tapped(model: nn.Module, paths: Collection[str]) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: object, output: object) -> None:
-        seen.extend(tensor.detach().clone() for tensor in _tensors(output))
+        seen.extend(tensor.detach().clone() for tensor in tensors_of(output))
 
     handles = [model.get_submodule(path).register_forward_hook(note) for path in paths]
     try:
@@ -271,8 +271,11 @@ def _relative(actual: Tensor, expected: Tensor, name: str, floor: float = 0.0) -
     return difference / divisor if divisor else float(difference > 0)
 
 
-def _tensors(output: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors among what a model gives, dataclasses included."""
+    leaves = pytree.tree_leaves(output)
+    fields = [tensors_of(list(vars(leaf).values())) if is_dataclass(leaf) else [leaf] for leaf in leaves]
+    return [leaf for each in fields for leaf in each if isinstance(leaf, Tensor)]
 
 
 def _loss(outputs: Sequence[Tensor]) -> Tensor:

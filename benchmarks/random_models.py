@@ -8,7 +8,9 @@ left out if it does not fit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,14 @@ MOST = 4096  # entries of a value, so that a network stays small
 Draw = Callable[[Any], Any]
 
 
+@dataclass
+class Outputs:
+    """What some networks give."""
+
+    last: Tensor
+    others: list[Tensor]
+
+
 class RandomNet(nn.Module):
     """Steps ``(name of a module, numbers of the values it is called with)``; value 0 is the input."""
 
@@ -30,7 +40,7 @@ class RandomNet(nn.Module):
         super().__init__()
         self.wiring: list[tuple[str, tuple[int, ...]]] = []
         self.results: tuple[int, ...] = (-1,)
-        self.dynamic = False
+        self.dynamic = self.boxed = False
 
     def forward(self, x: Tensor) -> Any:
         """Run the steps and return one value, or several as a tuple."""
@@ -39,7 +49,10 @@ class RandomNet(nn.Module):
         values = [x]
         for name, operands in self.wiring:
             values.append(getattr(self, name)(*(values[number] for number in operands)))
-        return values[self.results[0]] if len(self.results) == 1 else tuple(values[number] for number in self.results)
+        results = tuple(values[number] for number in self.results)
+        if self.boxed:
+            return Outputs(results[0], list(results[1:]))
+        return results[0] if len(results) == 1 else results
 
     def extra_repr(self) -> str:
         """What `print` shows: who is called with what."""
@@ -102,8 +115,10 @@ def _network(draw: Draw, x: Tensor, length: int, depth: int) -> RandomNet:
         step = _step(draw, net, values, depth)
         if step is not None and _append(net, values, *step):
             _hook(draw, net, values)
+            _patch(draw, net, values)
     if depth and draw(st.integers(0, 3)) == 0:
         net.results = (-1, draw(st.integers(0, len(values) - 1)))
+        net.boxed = draw(st.booleans())
     return net
 
 
@@ -158,7 +173,7 @@ def _hook(draw: Draw, net: RandomNet, values: list[Tensor]) -> None:
     """Now and then hang a hook on the module of the last step, and take what it makes of the value."""
     if draw(st.integers(0, 11)):
         return
-    name, operands = net.wiring[-1]
+    name, _ = net.wiring[-1]
     if any(name == other for other, _ in net.wiring[:-1]):
         return
     module = getattr(net, name)
@@ -167,7 +182,39 @@ def _hook(draw: Draw, net: RandomNet, values: list[Tensor]) -> None:
         module.register_forward_pre_hook(flip_inputs)
     else:
         module.register_forward_hook({"tap": Tap(), "double": double, "halve": halve_channels}[kind])
+    _see_anew(net, values)
+
+
+def flipped(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a replaced forward does: what the module did, with the channels the other way round."""
+    return module.forward_before(*args, **kwargs).flip(1)
+
+
+def _patch(draw: Draw, net: RandomNet, values: list[Tensor]) -> None:
+    """Now and then replace the forward of a module within the last step, and take what it makes of the value."""
+    if draw(st.integers(0, 11)):
+        return
+    name, _ = net.wiring[-1]
+    inside = list(getattr(net, name).modules())
+    module = inside[draw(st.integers(0, len(inside) - 1))]
+    if any(name == other for other, _ in net.wiring[:-1]) or "forward" in module.__dict__:
+        return
+    before: Any = module.forward
+    if draw(st.booleans()):  # as accelerate's hooks do it, or plainly
+        module.forward_before = before
+        module.forward = functools.update_wrapper(functools.partial(flipped, module), before)
+    else:
+        module.forward = lambda *args, **kwargs: before(*args, **kwargs).flip(1)
+    try:
+        _see_anew(net, values)
+    except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError):  # inside code that asks for more
+        del module.forward
+
+
+def _see_anew(net: RandomNet, values: list[Tensor]) -> None:
+    """Take the value of the last step as it is now."""
+    name, operands = net.wiring[-1]
     with torch.no_grad():
-        values[-1] = module.eval()(*(values[number].clone() for number in operands))
+        values[-1] = getattr(net, name).eval()(*(values[number].clone() for number in operands))
     for tap in taps(net):
         tap.seen.clear()

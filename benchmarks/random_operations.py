@@ -52,6 +52,25 @@ def gate(x: Tensor, y: Tensor) -> Tensor:
     return x * torch.sigmoid(y.mean((2, 3), keepdim=True))
 
 
+def halve_quietly(x: Tensor) -> None:
+    """Work in place, which the name does not say; autograd knows of it."""
+    x.mul_(0.5)
+
+
+def clip_a_slice(x: Tensor) -> None:
+    """The same through a view of some channels."""
+    x[:, 1:3].detach().clamp_(-1, 1)
+
+
+def changed(change: Callable[[Tensor], None], x: Tensor) -> Tensor:
+    """Change a tensor and go on with what it was called before."""
+    change(x)
+    return x
+
+
+torch.fx.wrap("halve_quietly")
+torch.fx.wrap("clip_a_slice")
+
 Operation = Callable[..., Tensor]
 ONE: dict[str, Operation] = {
     "relu": lambda x, s, a, b: F.relu(x),
@@ -69,6 +88,18 @@ ONE: dict[str, Operation] = {
     "detach": lambda x, s, a, b: x.detach() + x,
     "where": lambda x, s, a, b: torch.where(x > 0, x, 0.1 * x),
     "max pool": lambda x, s, a, b: F.max_pool2d(x, 2),
+    "max pool over channels": lambda x, s, a, b: F.max_pool3d(x, 3, 1, 1),
+    "average pool over channels": lambda x, s, a, b: F.avg_pool3d(x, (3, 1, 1), 1, (1, 0, 0)),
+    "adaptive pool over channels": lambda x, s, a, b: F.adaptive_max_pool3d(x, (s[1], 1 + a % 2, 2)),
+    "pool over features": lambda x, s, a, b: F.max_pool1d(x, 3, 1, 1) if x.dim() == 2 else F.max_pool1d(x[0], 3, 1, 1),
+    "change in place": lambda x, s, a, b: changed(halve_quietly, x),
+    "change channels in place": lambda x, s, a, b: changed(clip_a_slice, x),
+    "relu by keyword": lambda x, s, a, b: F.relu(inplace=a % 2 == 0, input=x),
+    "pool by keyword": lambda x, s, a, b: F.max_pool2d(kernel_size=2, input=x),
+    "mean by keyword": lambda x, s, a, b: torch.mean(input=x, **{"axis": (2, 3), "keepdims": a % 2 == 0}),
+    "pad by keyword": lambda x, s, a, b: F.pad(pad=(0, 0, 0, 0, a % 4, b % 4), input=x),
+    "chunk by keyword": lambda x, s, a, b: x.chunk(dim=1, chunks=2)[a % 2],
+    "reshape by keyword": lambda x, s, a, b: x.reshape(shape=(s[0], -1, s[2], s[3])),
     "average pool": lambda x, s, a, b: F.avg_pool2d(x, 3, 2, 1),
     "adaptive pool": lambda x, s, a, b: F.adaptive_avg_pool2d(x, 1 + a % 2),
     "mean": lambda x, s, a, b: x.mean((2, 3), keepdim=a % 2 == 0),
@@ -113,6 +144,8 @@ TWO: dict[str, Operation] = {
     "multiply": lambda x, y, s, a, b: x * y,
     "gate": lambda x, y, s, a, b: gate(x, y),
     "cat": lambda x, y, s, a, b: torch.cat((x, y) if a % 2 else (y, x), 1),
+    "cat by keyword": lambda x, y, s, a, b: torch.cat(dim=1, tensors=(x, y) if a % 2 else [y, x]),
+    "add by keyword": lambda x, y, s, a, b: torch.add(other=y, input=x, alpha=1 + a % 2),
     "cat with itself": lambda x, y, s, a, b: torch.cat([x, y, x], dim=1),
     "cat other axis": lambda x, y, s, a, b: torch.cat([x, y], -1),
     "stack": lambda x, y, s, a, b: torch.stack((x, y), 2).flatten(1, 2),
@@ -155,6 +188,21 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Call the layer, and apply its weight once more."""
         return F.conv2d(self.layer(x), self.layer.weight)
+
+
+class ByKeyword(nn.Module):
+    """Calls a layer, and a norm and an activation behind it, by keyword."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        """Keep the layer, under a name that Python keeps for itself."""
+        super().__init__()
+        self.add_module("in", layer)
+        self.norm, self.act = nn.BatchNorm2d(layer.out_channels), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call them."""
+        y: Tensor = self.act(input=self.norm(input=getattr(self, "in")(input=x)))
+        return y
 
 
 class ChannelsLast(nn.Module):
@@ -228,6 +276,7 @@ LAYERS: dict[str, Callable[[Shape, int, int], nn.Module]] = {
     "conv 1x1 wide": _layer4(lambda c, n, b: nn.Conv2d(c, n + 8, 1)),
     "conv 3x3": _layer4(lambda c, n, b: nn.Conv2d(c, n, 3, padding=1, bias=b % 2 == 0)),
     "conv 3x3 again": _layer4(lambda c, n, b: nn.Conv2d(c, c, 3, padding=1)),
+    "conv by keyword": _layer4(lambda c, n, b: ByKeyword(nn.Conv2d(c, n, 1, bias=b % 2 == 0))),
     "conv stride": _layer4(
         lambda c, n, b: nn.Conv2d(c, n, 3, 1 + b % 2, 1, padding_mode="reflect" if b % 4 else "zeros")
     ),

@@ -6,22 +6,24 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from torch.utils import _pytree as pytree
 
 import sgfx
 from benchmarks.fuzz import fuzz
+from benchmarks.oracle import tensors_of
 from benchmarks.random_models import networks
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_networks_equal_the_masked_ones():
-    counts = fuzz(300, seed=1)
-    assert counts.total() >= 300
+    counts = fuzz(200, seed=1)
+    assert counts.total() >= 200
     assert counts["refused"] == 0
     assert counts["ill-conditioned"] == 0
-    assert counts["exact"] + counts["exact, something eliminated"] > 0.6 * counts.total()
+    assert total(counts, "exact") > 0.6 * counts.total()
     asked = 2 / 3 * counts.total()  # the others are compiled without elimination
-    assert counts["exact, something eliminated"] > 0.2 * asked
+    assert total(counts, "exact, something eliminated") > 0.2 * asked
+    assert total(counts, "", ", frozen") > 0.15 * counts.total()  # half of those that are compiled are
+    assert total(counts, "", "frozen without its hooks") > 0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -50,10 +52,10 @@ def test_random_networks_equal_their_frozen_forms(dtype, strategy, tolerance):
             small = sgfx.compile(net, groups=3, ratio=ratio, example_inputs=x)
         with torch.no_grad():
             try:
-                expected = flat(small(x.clone()))  # some work on their input in place
+                expected = tensors_of(small(x.clone()))  # some work on their input in place
             except RuntimeError:  # without its hooks it is no network
                 return
-            given_ = flat(sgfx.freeze(small, x, strategy=strategy)(x.clone()))
+            given_ = tensors_of(sgfx.freeze(small, x, strategy=strategy)(x.clone()))
         if all(each.isfinite().all() and each.abs().max() < 1e6 for each in expected):
             for a, b in zip(expected, given_, strict=True):
                 assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
@@ -63,5 +65,5 @@ def test_random_networks_equal_their_frozen_forms(dtype, strategy, tolerance):
     assert len(frozen) > 30
 
 
-def flat(outputs):
-    return [each for each in pytree.tree_leaves(outputs) if isinstance(each, torch.Tensor)]
+def total(counts, start, end=""):
+    return sum(number for what, number in counts.items() if what.startswith(start) and what.endswith(end))

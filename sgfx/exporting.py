@@ -120,7 +120,9 @@ def export(
     options.check(suffix)
     given = as_inputs(example_inputs, small)
     if given is None:
-        raise TypeError("example_inputs must be a tensor or a tuple of positional arguments, not None")
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keywords, not None"
+        )
     if by_name := split(small, given)[1]:
         raise InputError(
             f"files take arguments by position, and {type(small).__name__}.forward takes {next(iter(by_name))!r} by "

@@ -285,7 +285,7 @@ def test_paths_and_inputs_are_checked(tmp_path):
         sgfx.export(small, tmp_path / "folder.pt2", IMAGES)
     with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \(2, 4, 8, 8\) do not fit the model in eval"):
         sgfx.export(small, tmp_path / "small.pt2", torch.zeros(2, 4, 8, 8))
-    with pytest.raises(TypeError, match=r"example_inputs must be a tensor or a tuple"):
+    with pytest.raises(TypeError, match=r"example_inputs must be a tensor, a tuple of positional"):
         sgfx.export(small, tmp_path / "small.pt2", None)
     with pytest.raises(TypeError, match=r"dynamic_shapes must be a tuple or dict with an entry for each input, not 3"):
         sgfx.export(small, tmp_path / "small.pt2", IMAGES, dynamic_shapes=3)

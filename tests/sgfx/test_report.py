@@ -140,7 +140,7 @@ def test_what_can_not_be_compared_is_refused(models):
         sgfx.report(nn.Sequential(nn.Linear(3, 4)), small, IMAGE)
     with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \(2, 4, 10, 10\) do not fit Net"):
         sgfx.report(dense, small, torch.zeros(2, 4, 10, 10))
-    with pytest.raises(TypeError, match="example_inputs must be a tensor or a tuple"):
+    with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple of positional"):
         sgfx.report(dense, small, [IMAGE])
 
 

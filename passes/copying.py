@@ -51,7 +51,10 @@ def unhooked_copy(model: M, twin: M | None = None) -> M:
     new one shares the parameters of that.
     """
     parameters = () if twin is None else zip(model.parameters(), twin.parameters(), strict=True)
-    return _deepcopy(model, {id(theirs): own for theirs, own in parameters})
+    made = _deepcopy(model, {id(theirs): own for theirs, own in parameters})
+    for module in made.modules():  # models of transformers note that they have hooked themselves, in their first call
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+    return made
 
 
 def copy_inputs(inputs: Any) -> Any:

@@ -20,6 +20,9 @@ _ITS_OWN = {
 }
 
 
+_HOOKS = {key for key in nn.Module().__dict__ if "_hooks" in key}
+
+
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Register `new` under the module path `path` of `model`, in the place and order of the old module.
 
@@ -59,5 +62,5 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def hook_dicts(module: nn.Module) -> list[str]:
-    """Names of the attributes in which a module keeps its hooks."""
-    return [key for key in module.__dict__ if key.startswith("_") and "_hooks" in key]
+    """Names of the attributes in which a module keeps its hooks; others that are called so are its own."""
+    return [key for key in module.__dict__ if key in _HOOKS]

@@ -26,6 +26,24 @@ def convnext():
     return transformers.ConvNextForImageClassification(config), 6
 
 
+def segformer():
+    sizes = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "patch_sizes": [7, 3], "strides": [4, 2]}
+    heads = {"num_encoder_blocks": 2, "num_attention_heads": [1, 2], "decoder_hidden_size": 16, "num_labels": 5}
+    return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**sizes, **heads)), 18
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_models_that_hook_themselves_in_their_first_call(called_before):
+    torch.manual_seed(0)
+    dense, regrouped = segformer()
+    if called_before:
+        dense.eval()(**INPUTS)
+    small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=INPUTS)
+    assert sum(isinstance(module, Grouped) for module in small.modules()) == regrouped
+    small.eval()(**INPUTS)
+    assert sgfx.verify(dense, small, INPUTS).max_error < 1e-5
+
+
 @pytest.mark.parametrize("make", [resnet, vit, convnext])
 def test_they_are_compiled_verified_frozen_and_reported_as_they_come(make):
     torch.manual_seed(0)

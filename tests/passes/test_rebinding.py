@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.copying import copy_model, shadow, unhooked_copy
+from passes.copying import copy_model, unhooked_copy
 from passes.errors import InputError
 from passes.rebinding import held_by, rebound
 
@@ -73,10 +73,10 @@ def test_compiled_and_frozen_they_compute_the_same(way):
         assert (sgfx.freeze(small, IMAGES, strategy="library")(IMAGES) - expected).abs().max() < 1e-12
 
 
-def test_the_shadow_that_is_traced_does_not_write_to_the_original():
+def test_the_copy_that_is_traced_does_not_write_to_the_original():
     net = replaced("list")
     before = net[1].norm.running_mean.clone()
-    shadow(net).train()(IMAGES)
+    unhooked_copy(net).train()(IMAGES)
     assert torch.equal(net[1].norm.running_mean, before)
 
 

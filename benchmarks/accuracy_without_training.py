@@ -34,8 +34,8 @@ import sgfx
 from benchmarks.channel_pruning import pruned_channels, reestimate_norms
 from benchmarks.cifar import DENSENET_BC, RESNET20, Trained, chosen, read, top1
 from benchmarks.machine import describe_machine
-from sgfx.counting import count_macs
-from sgfx.distillation import descend
+from sgfx.reporting.counting import count_macs
+from sgfx.training.distillation import descend
 
 NETWORKS = {"resnet20": RESNET20, "densenet_bc": DENSENET_BC}
 GROUPS = (16, 8)

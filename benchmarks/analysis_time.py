@@ -18,11 +18,11 @@ import models_zoo
 import sgfx
 from benchmarks.compile_time import chain
 from benchmarks.machine import describe_machine
-from passes.channels import ChannelAnalysis
-from passes.elimination import Elimination
-from passes.facts import Settings
-from passes.manager import run_passes
-from passes.unit import Unit
+from passes.elimination.analysis import ChannelAnalysis
+from passes.elimination.elimination import Elimination
+from passes.infra.compilation import Unit
+from passes.infra.facts import Settings
+from passes.infra.manager import run_passes
 
 ROUNDS = 3
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgfx.counting import count_macs
+from sgfx.reporting.counting import count_macs
 
 
 def pruned_channels(

@@ -25,12 +25,12 @@ from torch import nn
 import models_zoo
 import sgfx
 from benchmarks.machine import describe_machine
-from passes.grouping import Grouping, inertia
-from passes.importance import Importance
-from passes.manager import run_passes
+from passes.compression.grouping import Grouping, inertia
+from passes.compression.importance import Importance
+from passes.infra.compilation import Unit
+from passes.infra.manager import run_passes
+from passes.options.checks import checked_settings
 from passes.pipeline import ANALYSIS
-from passes.settings import checked_settings
-from passes.unit import Unit
 
 CHECKPOINT = Path("../shared/data/resnet20-12fca82f.th")
 

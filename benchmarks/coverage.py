@@ -3,7 +3,7 @@
 ``python -m benchmarks.coverage [--models PATTERN] [--timm] [--json] [--write docs/coverage.md]``. Random weights,
 groups=8, ratio=0.5. In eval and in train mode (dropout and stochastic depth off) the outputs, and in train mode the
 gradients and running statistics, with and without elimination, must equal those of the dense network with the pruned
-weights set to zero (`benchmarks.oracle`): to 1e-8 in double precision, to 1e-4 where the network itself only runs in
+weights set to zero (`tests.tools.oracle`): to 1e-8 in double precision, to 1e-4 where the network itself only runs in
 single. Of detectors the losses and the outputs of the heads are compared. Quantized networks must be refused.
 
 Each network runs in a process of its own, with a memory limit and a time limit. Results are kept, one file a network,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks.oracle import prepare
+from tests.tools.oracle import prepare
 
 # The heads of detectors: what is left after suppression is no measure, with random weights often nothing.
 HEADS = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor", "head")

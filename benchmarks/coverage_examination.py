@@ -14,8 +14,8 @@ from torch import nn
 
 import sgfx
 from benchmarks.coverage_cases import Case, case, family_of
-from benchmarks.oracle import Differences, compare, mask, run
-from passes.cut import cuts
+from passes.layers.channel_cut import cuts
+from tests.tools.oracle import Differences, compare, mask, run
 
 LARGE = 150_000_000  # parameters above which one variant is compared at a time, with a sample of the gradients
 SAMPLE = 24

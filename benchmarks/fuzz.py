@@ -1,7 +1,7 @@
 """Random networks, compiled with or without elimination and compared with the masked ones.
 
 ``python -m benchmarks.fuzz [--examples 3000] [--seed 0]``. Every network is drawn by hypothesis
-(`benchmarks.random_models`) and compared by the oracle of the coverage sweep, in double precision to 1e-8, in eval and
+(`tests.tools.random_models`) and compared by the oracle of the coverage sweep, in double precision to 1e-8, in eval and
 in train mode, gradients, running statistics and feature taps included. Must reach: no wrong output. A network that
 can't be compiled must be refused with an `InputError`; any other error counts as wrong. Where more than 1e-8 is found,
 and the masked network itself moves as far when its input moves in the last place, the network is compiled and compared
@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sgfx
-from benchmarks.oracle import Run, compare, mask, run, tensors_of
-from benchmarks.random_models import networks, taps
-from passes.cut import cuts
+from passes.layers.channel_cut import cuts
+from tests.tools.oracle import Run, compare, mask, run, tensors_of
+from tests.tools.random_models import networks, taps
 
 TOLERANCE = 1e-8
 CASES: dict[str, Any] = {

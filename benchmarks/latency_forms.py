@@ -24,7 +24,7 @@ import models_zoo
 import sgfx
 from benchmarks.channel_pruning import pruned_channels, pruned_everywhere
 from passes.layers.grouped import Grouped
-from sgfx.counting import count_macs
+from sgfx.reporting.counting import count_macs
 
 THREADS = 2
 SIZE_OF_PRODUCT = 1024

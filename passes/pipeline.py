@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from passes.channels import ChannelAnalysis
-from passes.elimination import Elimination
-from passes.grouping import Grouping
-from passes.importance import Importance
-from passes.lowering import Lowering
-from passes.masking import Masking
-from passes.pruning import Pruning
-from passes.regions import Trace
-from passes.selection import Selection
-from passes.unit import Pass
+from passes.compression.grouping import Grouping
+from passes.compression.importance import Importance
+from passes.compression.lowering import Lowering
+from passes.compression.masking import Masking
+from passes.compression.pruning import Pruning
+from passes.compression.selection import Selection
+from passes.elimination.analysis import ChannelAnalysis
+from passes.elimination.elimination import Elimination
+from passes.infra.compilation import Pass
+from passes.tracing.regions import Trace
 
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 GROUPING: tuple[Pass, ...] = (Importance(), Grouping())

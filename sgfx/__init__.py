@@ -12,40 +12,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from passes.errors import InputError, PassError
     from passes.freezing.decisions import Decisions
-    from passes.plan import LayerPlan, plans
-    from sgfx.calibration import calibrate
+    from passes.layers.plan import LayerPlan, plans
+    from sgfx.calibrating import calibrate
     from sgfx.compiler import compile
-    from sgfx.distillation import distill
-    from sgfx.exporting import Exported, export
-    from sgfx.files import load, save
+    from sgfx.exporting.exporting import Exported, export
+    from sgfx.files.files import load, save
     from sgfx.freezing import freeze
     from sgfx.pruner import Pruner, Step
-    from sgfx.reporting import report
-    from sgfx.reports import Report, Share
-    from sgfx.training import Trainer
+    from sgfx.reporting.reporting import report
+    from sgfx.reporting.tables import Report, Share
+    from sgfx.training.distillation import distill
+    from sgfx.training.trainer import Trainer
     from sgfx.verification import Verification, verify
 
 _HOMES = {
     "Decisions": "passes.freezing.decisions",
-    "Exported": "sgfx.exporting",
+    "Exported": "sgfx.exporting.exporting",
     "InputError": "passes.errors",
-    "LayerPlan": "passes.plan",
+    "LayerPlan": "passes.layers.plan",
     "PassError": "passes.errors",
     "Pruner": "sgfx.pruner",
-    "Report": "sgfx.reports",
-    "Share": "sgfx.reports",
+    "Report": "sgfx.reporting.tables",
+    "Share": "sgfx.reporting.tables",
     "Step": "sgfx.pruner",
-    "Trainer": "sgfx.training",
+    "Trainer": "sgfx.training.trainer",
     "Verification": "sgfx.verification",
-    "calibrate": "sgfx.calibration",
+    "calibrate": "sgfx.calibrating",
     "compile": "sgfx.compiler",
-    "distill": "sgfx.distillation",
-    "export": "sgfx.exporting",
+    "distill": "sgfx.training.distillation",
+    "export": "sgfx.exporting.exporting",
     "freeze": "sgfx.freezing",
-    "load": "sgfx.files",
-    "plans": "passes.plan",
-    "report": "sgfx.reporting",
-    "save": "sgfx.files",
+    "load": "sgfx.files.files",
+    "plans": "passes.layers.plan",
+    "report": "sgfx.reporting.reporting",
+    "save": "sgfx.files.files",
     "verify": "sgfx.verification",
 }
 

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from passes.budgeting import Curve, achieved, allocate, error_curve, settle
-from passes.calibration import overflow, sample_at, surroundings_at
-from passes.copying import unhooked_copy
+from passes.calibration.budget import Curve, achieved, allocate, error_curve, settle
+from passes.calibration.calibrate import overflow, sample_at, surroundings_at
+from passes.calibration.data import Arguments
+from passes.calibration.paired_walk import Walk
+from passes.calibration.pairing import walkable_regions
+from passes.compression.lowering import lower
+from passes.compression.selection import target_of
 from passes.errors import InputError
-from passes.examples import Arguments
-from passes.lowering import lower
-from passes.pairing import walkable_regions
-from passes.plan import LayerPlan
-from passes.random_state import own_random_state
-from passes.selection import target_of
-from passes.settings import meant_as_share
-from passes.tandem import Walk
-from passes.unit import Unit
-from sgfx.counting import count_macs
+from passes.infra.compilation import Unit
+from passes.infra.random_state import own_random_state
+from passes.layers.plan import LayerPlan
+from passes.models.copying import unhooked_copy
+from passes.options.checks import meant_as_share
 from sgfx.progress import progress_bar
+from sgfx.reporting.counting import count_macs
 
 MEASURES = ("macs", "params")
 Budget = Mapping[str, float]

@@ -8,19 +8,19 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from passes.adoption import adopt
-from passes.arguments import ExampleInputs, as_inputs
-from passes.copying import copy_model
+from passes.calibration.data import Arguments, read_examples
 from passes.errors import InputError
-from passes.examples import Arguments, read_examples
-from passes.facts import Criterion, Settings
-from passes.manager import run_passes
+from passes.infra.compilation import Unit
+from passes.infra.facts import Criterion, Settings
+from passes.infra.manager import run_passes
+from passes.layers.plan import LayerPlan
+from passes.models.adoption import adopt
+from passes.models.copying import copy_model
+from passes.options.arguments import ExampleInputs, as_inputs
+from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
-from passes.plan import LayerPlan
-from passes.settings import LeafModules, check_model, checked_settings, listed, resolved_leaves
-from passes.unit import Unit
 from sgfx.budgets import Budget, checked_budget, spend
-from sgfx.calibration import calibrate_on
+from sgfx.calibrating import calibrate_on
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)

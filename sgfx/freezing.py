@@ -10,18 +10,18 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
 
-from passes.arguments import ExampleInputs, as_inputs
-from passes.copying import copy_inputs
 from passes.errors import InputError
 from passes.freezing.assemble import Part, fused_parts, without_unread_filters
+from passes.freezing.candidates import checked_strategy, chosen_layers, layer_works
 from passes.freezing.checking import check
-from passes.freezing.choosing import checked_strategy, chosen_layers, layer_works
 from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
 from passes.freezing.forms import fastest_form, form_as_told
 from passes.freezing.hooks import check_hooks
 from passes.freezing.stopwatch import Stopwatch
-from passes.random_state import preserved_random_state
-from passes.settings import check_model
+from passes.infra.random_state import preserved_random_state
+from passes.models.copying import copy_inputs
+from passes.options.arguments import ExampleInputs, as_inputs
+from passes.options.checks import check_model
 from sgfx.progress import progress_bar
 
 

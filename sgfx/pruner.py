@@ -9,16 +9,16 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from passes.arguments import ExampleInputs
-from passes.copying import copy_model
+from passes.compression.masking import mask, masked_layer, unmask
 from passes.errors import InputError
-from passes.facts import Criterion
-from passes.manager import run_passes
-from passes.masking import mask, masked_layer, unmask
+from passes.infra.compilation import Unit
+from passes.infra.facts import Criterion
+from passes.infra.manager import run_passes
+from passes.layers.plan import LayerPlan, network_ratios
+from passes.models.copying import copy_model
+from passes.options.arguments import ExampleInputs
+from passes.options.checks import LeafModules, checked_settings, step_ratio
 from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
-from passes.plan import LayerPlan, network_ratios
-from passes.settings import LeafModules, checked_settings, step_ratio
-from passes.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
 STATE_VERSION = 1

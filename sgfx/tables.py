@@ -16,18 +16,18 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import models_zoo
-from passes.copying import copy_model
-from passes.facts import Target
-from passes.grouping import Grouping
-from passes.importance import Importance
-from passes.lowering import lower
-from passes.manager import run_passes
+from passes.compression.grouping import Grouping
+from passes.compression.importance import Importance
+from passes.compression.lowering import lower
+from passes.compression.pruning import Pruning
+from passes.infra.compilation import Unit
+from passes.infra.facts import Target
+from passes.infra.manager import run_passes
+from passes.layers.plan import LayerPlan, plans
+from passes.models.copying import copy_model
+from passes.options.checks import checked_settings
 from passes.pipeline import ANALYSIS
-from passes.plan import LayerPlan, plans
-from passes.pruning import Pruning
-from passes.settings import checked_settings
-from passes.unit import Unit
-from sgfx.counting import count_macs
+from sgfx.reporting.counting import count_macs
 
 Published = tuple[str, float, float, float, float]  # model, conv ratio, linear ratio, parameters, MACs
 

@@ -1,7 +1,7 @@
 """`sgfx.verify`: how far a regrouped model is from the masked one it stands for, in numbers that users can check.
 
 The reference is the dense model's structure, filled with the parameters and buffers that the small model has now
-(`passes.scattering`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
+(`models.reference`), so that the comparison serves after fine-tuning too. Both run as copies without hooks of the
 user's, first in eval mode and then in train mode. The random numbers of each run start anew: the two draw the
 same ones in the same order, so dropout and stochastic depth stay on and drop the same values. Only where channels
 were eliminated would dropout draw for fewer of them: there, dropout is off in both.
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from passes.arguments import ExampleInputs, as_inputs, call
-from passes.comparing import distance
-from passes.copying import copy_inputs, unhooked_copy
-from passes.cut import channel_dim, cut_of, cuts
 from passes.errors import InputError
+from passes.infra.random_state import own_random_state
+from passes.layers.channel_cut import channel_dim, cut_of, cuts
 from passes.layers.masked import Masked
-from passes.plan import LayerPlan
-from passes.random_state import own_random_state
-from passes.scattering import as_rows, masked_reference, rows_by_name
-from passes.values import Plain, comparable, mapped, tensors_in
-from sgfx.reporting import plans_of_pair
+from passes.layers.plan import LayerPlan
+from passes.models.comparing import distance
+from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.reference import as_rows, masked_reference, rows_by_name
+from passes.models.values import Plain, comparable, mapped, tensors_in
+from passes.options.arguments import ExampleInputs, as_inputs, call
+from sgfx.reporting.reporting import plans_of_pair
 
 DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,

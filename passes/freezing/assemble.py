@@ -9,28 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from passes.copying import copy_model
 from passes.errors import InputError
-from passes.facts import Region, Regions, Settings
+from passes.freezing.candidates import choose
 from passes.freezing.chaining import chain
-from passes.freezing.choosing import choose
+from passes.freezing.concatenation import join
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import LayerDecision
-from passes.freezing.fused import Recipe
 from passes.freezing.fusion import fuse
-from passes.freezing.joining import join
 from passes.freezing.placing import place
+from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch
 from passes.freezing.thresholds import use_thresholds
+from passes.infra.compilation import Unit
+from passes.infra.facts import Region, Regions, Settings
+from passes.infra.manager import run_passes
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
-from passes.manager import run_passes
+from passes.models.copying import copy_model
+from passes.models.values import mapped
 from passes.pipeline import ELIMINATION
-from passes.python_names import rename_keywords
-from passes.regions import find_regions
-from passes.shapes import find_shapes
-from passes.unit import Unit
-from passes.values import mapped
+from passes.tracing.python_names import rename_keywords
+from passes.tracing.regions import find_regions
+from passes.tracing.shapes import find_shapes
 
 
 @dataclass

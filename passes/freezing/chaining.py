@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from passes.freezing.joining import append
+from passes.freezing.concatenation import append
 
 if TYPE_CHECKING:
     from passes.kernel.program import Wires
@@ -49,7 +49,7 @@ def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
 
 
 def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:
-    from passes.kernel.chain import PackedChain
+    from passes.kernel.packed_chain import PackedChain
 
     layers = [node for node in run if node.op == "call_module"]
     steps = [node for node in run if node.op != "call_module"]

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from passes.arguments import call
-from passes.comparing import distance, kinds, rounding
-from passes.copying import copy_inputs, unhooked_copy
+from passes.calibration.data import shapes_of
 from passes.errors import InputError
-from passes.examples import shapes_of
 from passes.freezing.assemble import filled
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
 from passes.freezing.locating import first_difference
-from passes.random_state import seed_all
-from passes.values import Plain, comparable, tensors_in
+from passes.infra.random_state import seed_all
+from passes.models.comparing import distance, kinds, rounding
+from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.values import Plain, comparable, tensors_in
+from passes.options.arguments import call
 
 Outputs = dict[str, Tensor | Plain]
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.cut import Cut, smaller
-from passes.freezing.fused import ACTIVATIONS, Recipe
+from passes.freezing.recipe import ACTIVATIONS, Recipe
+from passes.layers.channel_cut import Cut, smaller
 from passes.layers.grouped import Grouped
 
 

@@ -1,6 +1,6 @@
 """Doubt: whether what a form of a model gives is off by more than rounding can explain.
 
-What is off by more than `passes.comparing.rounding` may still turn on rounding: a top-k, an argmax, layers that blow
+What is off by more than `models.comparing.rounding` may still turn on rounding: a top-k, an argmax, layers that blow
 errors up. Inputs that are off by rounding errors show how far the model itself moves; what is off by many times that
 is wrong.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.comparing import distance, kinds, rounding
-from passes.random_state import seed_all
-from passes.values import mapped
+from passes.infra.random_state import seed_all
+from passes.models.comparing import distance, kinds, rounding
+from passes.models.values import mapped
 
 Inputs = tuple[Any, ...]
 Record = dict[str, list[Tensor]]  # what each layer gives, by its path, in the order of execution

@@ -17,14 +17,14 @@ import operator
 
 from torch import Tensor, fx, nn
 
-from passes.as_torch_made_it import is_as_torch_made_it
-from passes.cut import works_on_filters
-from passes.facts import Region
-from passes.freezing.fused import FusedNorm, Recipe
+from passes.freezing.recipe import FusedNorm, Recipe
+from passes.infra.facts import Region
+from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.channel_cut import works_on_filters
 from passes.layers.grouped import GROUPED, Grouped
-from passes.mutation import is_held_elsewhere, is_unchanged
-from passes.norms import is_affine
-from passes.operations import activation_of, is_sum, module_of, passes_on
+from passes.layers.norms import is_affine
+from passes.tracing.mutation import is_held_elsewhere, is_unchanged
+from passes.tracing.operations import activation_of, is_sum, module_of, passes_on
 
 TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
 

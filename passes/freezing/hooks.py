@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.arguments import call
-from passes.copying import copy_inputs, twins_of, unhooked_copy
+from passes.calibration.data import shapes_of
 from passes.errors import InputError
-from passes.examples import shapes_of
-from passes.random_state import seed_all
-from passes.rebinding import held_by, rebound
-from passes.tracer import has_global_hooks
-from passes.values import tensors_in
+from passes.infra.random_state import seed_all
+from passes.models.copying import copy_inputs, twins_of, unhooked_copy
+from passes.models.rebinding import held_by, rebound
+from passes.models.values import tensors_in
+from passes.options.arguments import call
+from passes.tracing.tracer import has_global_hooks
 
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, ModuleType, type)
 KINDS = (("_forward_pre_hooks", "forward pre-hook"), ("_forward_hooks", "forward hook"))

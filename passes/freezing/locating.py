@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.arguments import call
-from passes.copying import copy_inputs, unhooked_copy
-from passes.facts import Region
 from passes.freezing.assemble import rewritten, usable, without_unread_filters
-from passes.freezing.choosing import Running, call_name, choose
+from passes.freezing.candidates import Running, call_name, choose
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
 from passes.freezing.stopwatch import Stopwatch
-from passes.random_state import seed_all
-from passes.regions import find_regions
-from passes.tracer import join
-from passes.values import tensors_in
+from passes.infra.facts import Region
+from passes.infra.random_state import seed_all
+from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.values import tensors_in
+from passes.options.arguments import call
+from passes.tracing.regions import find_regions
+from passes.tracing.tracer import join
 
 
 def first_difference(model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs) -> str | None:

@@ -16,7 +16,7 @@ from torch import fx
 
 if TYPE_CHECKING:
     from passes.kernel import PackedConv2d
-    from passes.kernel.geometry import Geometry, Margins
+    from passes.kernel.layout.geometry import Geometry, Margins
 
 
 def place(graph: fx.GraphModule) -> None:

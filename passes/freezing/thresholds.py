@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from passes.freezing.constants import absorbed, pads_with_zeros, reader_of, reads_channels
-from passes.freezing.fused import FusedNorm, Recipe
-from passes.mutation import is_unchanged
+from passes.freezing.recipe import FusedNorm, Recipe
+from passes.tracing.mutation import is_unchanged
 
 HIGHEST = {"relu": torch.inf, "relu6": 6.0}
 LEAST_SCALE = 1e-30

@@ -20,12 +20,12 @@ copied, and the permutations of eq. 17 are address arithmetic. The parts, in the
 request has to wait for it. numba and llvmlite are imported when that happens.
 """
 
-from passes.kernel.geometry import NO_MARGINS, Geometry, Margins
-from passes.kernel.module import PackedConv2d, PackedLinear, layer_geometry, pack_conv2d, pack_layer, tilings
-from passes.kernel.packing import Block, layer_blocks
-from passes.kernel.run import Form, Placement, prepare
-from passes.kernel.schedule import Tiling
-from passes.kernel.target import Target, host, supported
+from passes.kernel.codegen.target import Target, host, supported
+from passes.kernel.form import Form, Placement, prepare
+from passes.kernel.layout.geometry import NO_MARGINS, Geometry, Margins
+from passes.kernel.layout.packing import Block, layer_blocks
+from passes.kernel.layout.schedule import Tiling
+from passes.kernel.packed_layer import PackedConv2d, PackedLinear, layer_geometry, pack_conv2d, pack_layer, tilings
 
 __all__ = [
     "NO_MARGINS",

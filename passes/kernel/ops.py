@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from passes.kernel.geometry import Geometry, Margins
-from passes.kernel.packing import Tables
+from passes.kernel.form import Form, Placement, output_shape
+from passes.kernel.layout.geometry import Geometry, Margins
+from passes.kernel.layout.packing import Tables
+from passes.kernel.layout.schedule import Tiling
 from passes.kernel.program import Packed, Wires, program, share_out
-from passes.kernel.run import Form, Placement, output_shape
-from passes.kernel.schedule import Tiling
 
 _LAYER = (
     "Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor inputs, Tensor ends, Tensor filters, "

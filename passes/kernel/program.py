@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from passes.errors import InputError
-from passes.kernel import threads
-from passes.kernel.call import Call
-from passes.kernel.memory import Arena, empty
-from passes.kernel.packing import Tables
-from passes.kernel.run import Form, Plan, compiled, plan
+from passes.kernel.form import Form, Plan, compiled, plan
+from passes.kernel.layout.memory import Arena, empty
+from passes.kernel.layout.packing import Tables
+from passes.kernel.runtime import threads
+from passes.kernel.runtime.call_record import Call
 
 _WORDS, _ALONE = ctypes.sizeof(Call) // 8, Call.alone.offset // 8
 _CALLS, _ARENA, _GIVEN = range(3)  # what addresses start from; of each tensor given, its address and its image stride

@@ -25,7 +25,7 @@ from passes.errors import InputError
 from passes.layers.grouped import GROUPED, Grouped, GroupedConv1d, GroupedConv2d, GroupedConv3d, GroupedLinear
 from passes.layers.masked import MASKED, Masked, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from passes.layers.surgery import shallow_copy
-from passes.parameters import SAME_FOR_ALL_FORMS
+from passes.tracing.parameter_use import SAME_FOR_ALL_FORMS
 
 M = TypeVar("M", bound="MaskedCustom")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import InputError
-from passes.plan import LayerPlan, LayerShape
+from passes.layers.plan import LayerPlan, LayerShape
 
 Sides: TypeAlias = tuple[Tensor | None, Tensor | None]  # of a layer: its filters and its inputs
 FORMAT = 1  # grows when a structure means something that earlier versions of sgfx would read wrongly

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.layers.encoding import encode
+from passes.layers.plan import LayerPlan, LayerShape, plan_of
 from passes.layers.structured import Structured
 from passes.layers.surgery import carry_over
-from passes.plan import LayerPlan, LayerShape, plan_of
 
 L = TypeVar("L", bound="Grouped")
 Form = Literal["dense", "blocks"]

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from passes.errors import InputError
 from passes.layers.encoding import decode
+from passes.layers.plan import LayerPlan, LayerShape, layer_shape, plan_of
 from passes.layers.structured import Structured
 from passes.layers.surgery import shallow_copy
-from passes.plan import LayerPlan, LayerShape, layer_shape, plan_of
 
 L = TypeVar("L", bound="Masked")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.layers.encoding import as_tensor, decode, encode
-from passes.plan import LayerPlan, LayerShape
+from passes.layers.plan import LayerPlan, LayerShape
 
 _KEY = "_extra_state"  # torch's name of it
 

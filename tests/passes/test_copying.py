@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from passes.copying import copy_model, unhooked_copy
+from passes.models.copying import copy_model, unhooked_copy
 
 
 class Hooking(nn.Module):

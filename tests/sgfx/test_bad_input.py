@@ -1,4 +1,4 @@
-"""Bad input to `sgfx.compile`: one clear message, and nothing changed. (Options: tests/passes/test_selecting.py.)"""
+"""Bad input to `sgfx.compile`: one clear message, and nothing changed. (Options: test_selecting.py.)"""
 
 import copy
 

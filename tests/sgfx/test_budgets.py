@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sgfx
-from passes.budgeting import GRID, _halves, allocate, error_curve, settle
-from passes.facts import Groups
-from passes.pruning import truncate
-from passes.resolving import Sample
-from tests.passes.test_calibrating_regions import Residual, images, made
+from passes.calibration.budget import GRID, _halves, allocate, error_curve, settle
+from passes.calibration.layer_solver import Sample
+from passes.compression.pruning import truncate
+from passes.infra.facts import Groups
+from tests.passes.calibration.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 
 DENSE = made(Residual())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sgfx
-from passes import calibration
-from passes.surroundings import surroundings
-from tests.passes.test_calibrating_regions import Difference, Parts, Residual, images, made
+from passes.calibration import calibrate as calibration
+from passes.calibration.followers import surroundings
+from tests.passes.calibration.test_calibrating_regions import Difference, Parts, Residual, images, made
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -335,9 +335,9 @@ def test_fewer_rows_than_inputs_are_carried_by_the_ridge():
 def test_wide_layers_are_solved_in_the_dual(monkeypatch):
     dense = made(Residual())
     primal = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
-    monkeypatch.setattr("passes.resolving.CLIPPING_ROUNDS", 0)
+    monkeypatch.setattr("passes.calibration.layer_solver.CLIPPING_ROUNDS", 0)
     plain = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
-    monkeypatch.setattr("passes.resolving.MAX_PRIMAL", 0)
+    monkeypatch.setattr("passes.calibration.layer_solver.MAX_PRIMAL", 0)
     dual = sgfx.compile(dense, groups=2, ratio=0.5, calibration=images())
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(dual.state_dict()[name], tensor, rtol=1e-7, atol=1e-7)
@@ -458,7 +458,7 @@ def test_few_factors_at_a_time_give_the_same_weights(monkeypatch):
     dense = made(Residual())
     at_once = sgfx.compile(dense, groups=4, ratio=0.5, calibration=images(16))
     for limit in (0, 2 * 8 * 36**2):
-        monkeypatch.setattr("passes.resolving.FACTOR_BYTES", limit)
+        monkeypatch.setattr("passes.calibration.layer_solver.FACTOR_BYTES", limit)
         few = sgfx.compile(dense, groups=4, ratio=0.5, calibration=images(16))
         for name, tensor in at_once.state_dict().items():
             torch.testing.assert_close(few.state_dict()[name], tensor, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import sgfx
 from sgfx.budgets import SCANNED, TRIALS, _raise_limit
-from tests.passes.test_calibrating_regions import images, made
+from tests.passes.calibration.test_calibrating_regions import images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
 

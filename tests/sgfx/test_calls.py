@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.shapes import find_shapes
-from passes.trace import trace
+from passes.tracing.shapes import find_shapes
+from passes.tracing.trace import trace
 
 IMAGES = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

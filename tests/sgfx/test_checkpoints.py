@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import models_zoo
 import sgfx
-from passes.cut import cuts
+from passes.layers.channel_cut import cuts
 from passes.layers.grouped import Grouped
 from tests.sgfx.test_files import IMAGES, Net, eliminated_net, small_net, trained
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import models_zoo
 import sgfx
-from passes.cut import cuts
+from passes.layers.channel_cut import cuts
 from tests.sgfx.test_checkpoints import opened
 from tests.sgfx.test_files import LeakyNet, Net, assert_untouched, eliminated_net, small_net, snapshot, trained
 
@@ -66,7 +66,7 @@ def test_what_cant_be_eliminated_anew_is_refused(tmp_path, monkeypatch):
     def fail(small, example_inputs):
         raise sgfx.InputError("the model is not what it was")
 
-    monkeypatch.setattr("sgfx.checkpoints.eliminated", fail)
+    monkeypatch.setattr("sgfx.files.checkpoints.eliminated", fail)
     message = (
         "channels were eliminated, which can't be done anew: the model is not what it was. A plain checkpoint does"
     )

@@ -10,8 +10,8 @@ from torchvision.models import VisionTransformer
 from torchvision.ops import deform_conv2d
 
 import sgfx
-from sgfx import counting
-from sgfx.counting import count_macs
+from sgfx.reporting import counting
+from sgfx.reporting.counting import count_macs
 
 N, H, L, S, E, V = 2, 3, 5, 7, 4, 6  # examples, heads, queries, keys, their size, and that of values
 ATTENTION = N * H * L * S * (E + V)

@@ -10,7 +10,7 @@ from torch import nn
 import sgfx
 from benchmarks.coverage_cases import TIMM, case, family_of, names
 from benchmarks.coverage_examination import examine
-from benchmarks.oracle import Layout, compare, mask, prepare, run
+from tests.tools.oracle import Layout, compare, mask, prepare, run
 
 SMALL = (
     "shufflenet_v2_x0_5",

@@ -10,8 +10,8 @@ from torch import nn
 import sgfx
 from passes.layers.custom import GroupedCustom, MaskedCustom
 from passes.layers.grouped import Grouped
-from tests import custom_layers as layers
-from tests.custom_layers import Around, randomized
+from tests.tools import custom_layers as layers
+from tests.tools.custom_layers import Around, randomized
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.cut import cuts
-from sgfx.distillation import varied
-from sgfx.teaching import BLOCKS, distance
-from tests.passes.test_calibrating_regions import Difference, Residual, images, made
+from passes.layers.channel_cut import cuts
+from sgfx.training.distillation import varied
+from sgfx.training.teacher import BLOCKS, distance
+from tests.passes.calibration.test_calibrating_regions import Difference, Residual, images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 from tests.sgfx.test_teaching import Halves
 
@@ -60,7 +60,7 @@ def test_distilling_brings_blocks_closer_too(monkeypatch):
     dense, x = Halves(32).eval(), torch.randn(64, 4)
     errors = []
     for weight in (BLOCKS, 0.0):
-        monkeypatch.setattr("sgfx.teaching.BLOCKS", weight)
+        monkeypatch.setattr("sgfx.training.teacher.BLOCKS", weight)
         small = sgfx.distill(dense, sgfx.compile(dense, groups=2, ratio=0.5), x, steps=100, lr=1e-2)
         errors.append(distance(small.twice(x), dense.twice(x)).item())
     assert errors[0] < 0.7 * errors[1]
@@ -168,7 +168,7 @@ def test_a_trainer_brings_blocks_closer_too(monkeypatch, precision):
     dense, x = Halves(32).eval(), torch.randn(64, 4)
     errors = []
     for weight in (BLOCKS, 0.0):
-        monkeypatch.setattr("sgfx.teaching.BLOCKS", weight)
+        monkeypatch.setattr("sgfx.training.teacher.BLOCKS", weight)
         small = sgfx.compile(dense, groups=2, ratio=0.5)
         sgfx.Trainer(small, [x], epochs=100, lr=0.01, teacher=dense, mixed_precision=precision, progress=False).fit()
         errors.append(distance(small.twice(x), dense.twice(x)).item())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sgfx
-from tests.custom_layers import randomized
+from tests.tools.custom_layers import randomized
 
 efficientnet = pytest.importorskip("efficientnet_pytorch")
 pytestmark = pytest.mark.filterwarnings("ignore:the data do not look like what the model was trained on")

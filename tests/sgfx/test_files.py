@@ -20,7 +20,7 @@ from torchvision.models import detection
 
 import models_zoo
 import sgfx
-from passes.cut import cuts
+from passes.layers.channel_cut import cuts
 from passes.layers.grouped import Grouped
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

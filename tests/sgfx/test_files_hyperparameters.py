@@ -13,8 +13,8 @@ from torchvision.models import detection
 from torchvision.ops import StochasticDepth
 
 import sgfx
-from passes.cut import cuts
-from passes.structure import describe
+from passes.layers.channel_cut import cuts
+from passes.models.record import describe
 from tests.sgfx.test_files import Net, eliminated_net
 from tests.sgfx.test_files_refused import refused, rewrite
 

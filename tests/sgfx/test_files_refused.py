@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sgfx
-from sgfx.container import checksum
+from sgfx.files.container import checksum
 from tests.sgfx.test_files import (
     IMAGES,
     LeakyNet,

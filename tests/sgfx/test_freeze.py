@@ -13,13 +13,13 @@ import models_zoo
 import sgfx
 import sgfx.freezing
 from passes.errors import InputError
-from passes.freezing.fused import FusedNorm, LibraryLayer
 from passes.freezing.placing import beside_rows
+from passes.freezing.recipe import FusedNorm, LibraryLayer
 from passes.kernel import Margins, PackedConv2d, supported
-from passes.kernel.chain import PackedChain
-from passes.kernel.geometry import Geometry
+from passes.kernel.layout.geometry import Geometry
+from passes.kernel.layout.schedule import Job, Tiling, schedule
+from passes.kernel.packed_chain import PackedChain
 from passes.kernel.program import Wires
-from passes.kernel.schedule import Job, Tiling, schedule
 
 needs_kernel = pytest.mark.skipif(supported() is not None, reason="the kernel does not run here")
 
@@ -284,7 +284,7 @@ def test_bad_input():
 
 
 def test_concatenations_that_grow_add_to_one_tensor():
-    from passes.freezing.joining import append
+    from passes.freezing.concatenation import append
 
     model = trained(models_zoo.create("densenet_bc", depth=22, growth=6))
     small = sgfx.compile(model, groups=2, ratio=0.5)

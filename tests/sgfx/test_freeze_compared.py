@@ -9,7 +9,7 @@ import passes.kernel
 import sgfx
 from passes.errors import InputError
 from passes.freezing import assemble
-from passes.freezing.fused import Recipe
+from passes.freezing.recipe import Recipe
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 from tests.sgfx.test_freeze_unusual import Wrapper
 

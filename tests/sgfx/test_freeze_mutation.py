@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.kernel import supported
-from passes.mutation import works_in_place
-from passes.trace import trace
+from passes.tracing.mutation import works_in_place
+from passes.tracing.trace import trace
 from tests.sgfx.test_freeze import error, trained
 
 STRATEGIES = ["library"] + ["kernel"] * (supported() is None)

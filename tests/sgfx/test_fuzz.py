@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import sgfx
 from benchmarks.fuzz import fuzz
-from benchmarks.oracle import tensors_of
-from benchmarks.random_models import networks
+from tests.tools.oracle import tensors_of
+from tests.tools.random_models import networks
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.arguments import as_inputs, call, split
+from passes.options.arguments import as_inputs, call, split
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SCALE = torch.full((1,), 3.0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sgfx
-from sgfx.counting import count_macs
+from sgfx.reporting.counting import count_macs
 
 IMAGE = torch.zeros(2, 3, 10, 10)
 

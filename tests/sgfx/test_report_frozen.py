@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.freezing.decisions import Decisions
-from sgfx.counting import count_macs
+from sgfx.reporting.counting import count_macs
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 import sgfx
 from passes.layers.grouped import Grouped
-from passes.trace import trace
+from passes.tracing.trace import trace
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

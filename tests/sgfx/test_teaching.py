@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sgfx
-from sgfx.teaching import BLOCKS, Teacher, distance
+from sgfx.training.teacher import BLOCKS, Teacher, distance
 
 
 def test_the_loss_is_the_error_over_the_variance():

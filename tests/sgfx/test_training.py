@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sgfx.schedules import checked_schedule, learning_rate
-from sgfx.training import Trainer
+from sgfx.training.schedules import checked_schedule, learning_rate
+from sgfx.training.trainer import Trainer
 
 
 def generator(seed: int = 0) -> torch.Generator:

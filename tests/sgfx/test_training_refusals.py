@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from passes.errors import InputError
-from sgfx.acceleration import PROCESSES
-from sgfx.history import EpochRecord
+from sgfx.training.accelerator import PROCESSES
+from sgfx.training.history import EpochRecord
 from tests.sgfx.test_training import batches, network, same_weights, toy, trainer
 
 

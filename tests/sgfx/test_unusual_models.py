@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import sgfx
 from benchmarks.fuzz import examine
-from benchmarks.oracle import prepare
-from benchmarks.random_models import flip_inputs, halve_channels
+from tests.tools.oracle import prepare
+from tests.tools.random_models import flip_inputs, halve_channels
 
 X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

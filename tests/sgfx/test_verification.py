@@ -14,10 +14,10 @@ from torchvision.ops import StochasticDepth
 
 import models_zoo
 import sgfx
-from passes.cut import Cut, cuts
+from passes.layers.channel_cut import Cut, cuts
 from passes.layers.grouped import Grouped, GroupedLinear
-from passes.plan import LayerPlan
-from passes.scattering import as_rows, kept_rows
+from passes.layers.plan import LayerPlan
+from passes.models.reference import as_rows, kept_rows
 
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

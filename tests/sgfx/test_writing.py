@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import sgfx
-from sgfx.writing import replacing
+from sgfx.files.writing import replacing
 from tests.sgfx.test_exporting import IMAGES, compiled
 from tests.sgfx.test_files import Net, assert_same, small_net
 

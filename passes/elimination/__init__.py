@@ -1,0 +1,1 @@
+"""Who reads which channels, and taking out what nobody reads."""

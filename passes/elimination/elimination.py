@@ -1,0 +1,103 @@
+"""Elimination: filters whose output nobody reads are removed, with their norm's entries, all the way up the network.
+
+Exact in eval and in train mode: what is removed reaches no output, in any graph. Constant channels (of groups without
+inputs) stay, since a batch norm in training maps a constant to another one than in eval. The smaller model is traced
+again: it must do the same, number for number, or its forward computes with a layer's `out_channels` and the like, and
+nothing is cut. What it gives must have the shapes it had.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import torch
+from torch import Tensor, fx
+
+from passes.elimination.analysis import Channels
+from passes.errors import PassError
+from passes.infra.compilation import Pass, Unit
+from passes.infra.facts import Regions
+from passes.layers.channel_cut import Cut, apply_cuts
+from passes.layers.surgery import replace_module
+from passes.models.values import Plain, leaves, mapped
+from passes.tracing.regions import find_regions
+from passes.tracing.shapes import propagate_shapes, without_storage
+
+
+def cuts_of(channels: Channels) -> dict[str, Cut]:
+    """What can be cut of each module, by path, from the analysis."""
+    found = {}
+    for path, site in channels.sites.items():
+        inputs = channels.present[site.reads[0]]
+        outputs = inputs if site.slots is None else channels.present[site.slots]
+        if outputs.all() and inputs.all():
+            continue
+        found[path] = Cut(_index(outputs), _index(inputs) if site.slots is not None else None)
+    return found
+
+
+def _index(present: Tensor) -> Tensor | None:
+    return None if present.all() else present.nonzero()[:, 0]
+
+
+class Elimination(Pass):
+    """Remove the filters that nobody reads from a lowered model."""
+
+    name = "elimination"
+    requires = ("regions", "channels")
+
+    def run(self, unit: Unit) -> bool:
+        """Cut the model by its channel analysis, or leave it whole, with a reason."""
+        cuts, model, settings = cuts_of(unit.channels), unit.model, unit.settings
+        if not cuts:
+            return False
+        whole = {path: model.get_submodule(path) for path in cuts}
+        apply_cuts(model, cuts)
+        after = find_regions(model, settings.example_inputs, settings.leaf_modules)
+        if _programs(after) == _programs(unit.regions):
+            _check_shapes(unit.regions, after)
+            return True
+        for path, module in whole.items():
+            replace_module(model, path, module)
+            unit.channels.reasons[path] = "the model's own code computes with a layer's number of channels"
+        return False
+
+
+def _check_shapes(before: Regions, after: Regions) -> None:
+    """What the smaller model gives has the shapes that it had."""
+    for old, new in zip(before.parts, after.parts, strict=True):
+        for mode, graph in old.graphs.items():
+            nodes = list(graph.graph.nodes)
+            if "val" in nodes[-1].meta:
+                inputs = (node.meta["val"] for node in nodes if node.op == "placeholder")
+                propagate_shapes(new.graphs[mode], mapped(tuple(inputs), without_storage))
+                if _shapes(graph) != _shapes(new.graphs[mode]):
+                    raise PassError(f"region {old.path!r} gives other shapes in {mode} mode than before")
+
+
+def _programs(regions: Regions) -> list[object]:
+    """What the graphs of all regions do, step by step, with all numbers that stand in them."""
+    return [
+        (region.path, mode, node.op, node.target, str(node.args), str(node.kwargs), _constant(graph, node))
+        for region in regions.parts
+        for mode, graph in region.graphs.items()
+        for node in graph.graph.nodes
+    ]
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> object:
+    """The values of a tensor that tracing found ready-made."""
+    if node.op != "get_attr" or "_tensor_constant" not in str(node.target):
+        return None
+    tensor: Tensor = attrgetter(str(node.target))(graph)
+    return None if tensor.is_meta else torch.as_tensor(tensor).tolist()
+
+
+def _shapes(graph: fx.GraphModule) -> list[object]:
+    return [(place, _kind(x)) for place, x in leaves(list(graph.graph.nodes)[-1].meta["val"])]
+
+
+def _kind(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.shape
+    return leaf if isinstance(leaf, Plain | float) else type(leaf)

@@ -1,0 +1,86 @@
+"""The operations that the channel analysis knows, by kind; what each kind means stands in `rules`."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# Functions and methods, by the name that `name_of` gives.
+ELEMENTWISE = _names(
+    """add iadd radd sub isub rsub subtract mul imul rmul multiply div truediv itruediv true_divide divide neg abs exp
+    expm1 log log1p sqrt rsqrt pow square reciprocal sin cos erf sign floor ceil round clamp clamp_min clamp_max
+    maximum minimum where lerp nan_to_num masked_fill logical_not eq ne gt lt ge le
+    sigmoid tanh relu relu6 leaky_relu elu selu celu silu mish gelu softplus softsign hardtanh hardswish hardsigmoid
+    threshold dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
+    stochastic_depth float half double bfloat16 to type type_as clone detach contiguous"""
+)
+LOCAL = _names(
+    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
+    upsample"""
+)
+REDUCTIONS = _names("mean sum amax amin")
+ALONG_ONE_DIM = _names("softmax log_softmax softmin cumsum")
+JOINING = _names("cat concat concatenate stack")
+# Taking a channel out before or after these gives the same: their arguments don't count channels.
+RELATIVE = JOINING | _names(
+    """flatten permute transpose swapaxes swapdims t movedim moveaxis unsqueeze flip fliplr flipud pad repeat tile
+    expand_as"""
+)
+# These may count channels, by index, by size or by number.
+COUNTING = _names("view reshape expand getitem chunk split tensor_split narrow select index_select unbind squeeze roll")
+PLAIN_ATTRIBUTES = _names("dtype device ndim requires_grad is_cuda layout")
+PLAIN_METHODS = _names("dim ndimension is_floating_point element_size get_device")
+
+# Modules, by their exact class.
+ELEMENTWISE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink,
+    nn.Softshrink, nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.Identity,
+)  # fmt: skip
+LOCAL_MODULES = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.ZeroPad1d,
+    nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.CircularPad1d,
+    nn.CircularPad2d, nn.CircularPad3d,
+)  # fmt: skip
+
+
+def dims_along(name: str, rank: int) -> range:
+    """The dimensions that a local operation or module of this name works along, in a tensor of `rank` dimensions.
+
+    Those with a number in their name work along as many of the last ones, with a batch or without; resizing works along
+    all behind the channels.
+    """
+    if name.lower().startswith(("interpolate", "upsampl")):
+        return range(2, rank)
+    return range(rank - int(name[-2]), rank)
+
+
+_HOMES = (torch, F, operator, builtins)
+
+
+def name_of(target: object) -> str:
+    """The name under which an operation is known, without the underscores of in-place and special methods.
+
+    A function that only has the name of a known one (a user's own, wrapped for torch.fx) has none: "".
+    """
+    if isinstance(target, str):
+        return target.strip("_")
+    name = getattr(target, "__name__", "")
+    known = any(getattr(home, name, None) is target for home in _HOMES)
+    if not known and not str(getattr(target, "__module__", "")).startswith("torchvision.ops."):
+        return ""
+    return str(name).strip("_")

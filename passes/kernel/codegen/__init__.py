@@ -1,0 +1,1 @@
+"""Machine code for this machine: vectors, activations, micro-kernels, compiled and kept on disk."""

@@ -1,0 +1,1 @@
+"""From shapes to tables and integers: geometry, packing, schedule, memory."""

@@ -1,0 +1,1 @@
+"""The compiled loops, and torch's own threads to run them."""

@@ -1,0 +1,1 @@
+"""Whole models: copies, their record as plain data, their masked reference."""

@@ -1,0 +1,1 @@
+"""What the caller asked for, checked."""

@@ -1,0 +1,1 @@
+"""A model as fx graphs with shapes; reads, never writes."""

@@ -1,0 +1,1 @@
+"""Programs of plain operations, in the formats that others run."""

@@ -1,0 +1,1 @@
+"""Compiled models in files: written whole, read whole, checked, never unpickled."""

@@ -1,0 +1,181 @@
+"""What a dense model teaches in place of labels: its outputs, and those of its blocks.
+
+A block is a module that holds convolutions or linear layers itself, such as a residual block; the model as a whole is
+not one. Blocks of two models belong together by their names. They help, and are never asked for: what is called another
+number of times, gives other shapes or what can't be compared is left out, so a teacher of another architecture teaches
+by its outputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from passes.calibration.data import shapes_of, single_image
+from passes.errors import InputError
+from passes.layers.grouped import Grouped
+from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.values import mapped, tensors_in
+from passes.options.arguments import call
+
+T = TypeVar("T")
+BLOCKS = 3.0  # weight of the mean distance of all that blocks give, beside that of the outputs
+
+
+class _Call(NamedTuple):
+    """The tensors that go into one call of a block, and that come out."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Teacher:
+    """A dense model whose outputs, and those of whose blocks, are the targets of training.
+
+    Args:
+        dense: the model; a copy of it without hooks is run, in eval mode, in single precision where it is in half.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        """Make the copy."""
+        self._model = in_single_precision(unhooked_copy(dense)).eval()
+        self._blocks = [
+            name
+            for name, module in dense.named_modules()
+            if name and any(isinstance(child, _ConvNd | nn.Linear | Grouped) for child in module.children())
+        ]
+
+    def lesson(self, model: nn.Module, inputs: tuple[Any, ...], run: Callable[[], T]) -> tuple[T, Tensor]:
+        """Run a model and tell how far it is from the teacher.
+
+        Args:
+            model: the model that is taught.
+            inputs: what it is called with; they are not changed.
+            run: calls it with them, and returns what it gives.
+
+        Returns:
+            What `run` returned, and what is to be minimised: its distance from the teacher's outputs plus `BLOCKS`
+            times the mean distance of what the blocks give.
+
+        Raises:
+            InputError: the teacher can't be run on the inputs, its outputs have other shapes, or the model's have no
+                gradient.
+        """
+        with _watched(self._model, self._blocks) as theirs:
+            wanted = self._targets(inputs)
+        with _watched(model, self._blocks) as mine:
+            outputs = run()
+        loss = distance(outputs, wanted)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise InputError("the model's outputs have no gradient: its forward detaches them, or runs under no_grad")
+        blocks = list(_block_distances(mine, theirs))
+        return outputs, loss + BLOCKS * torch.stack(blocks).mean() if blocks else loss
+
+    def _targets(self, inputs: tuple[Any, ...]) -> Any:
+        for tensor in _tensors(inputs):
+            self._model.to(tensor.device)
+        try:
+            with torch.no_grad():
+                return call(self._model, in_single_precision(copy_inputs(inputs)))
+        except Exception as error:
+            hint = single_image(inputs)
+            raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}{hint}") from error
+
+
+def distance(outputs: Any, wanted: Any) -> Tensor:
+    """How far `outputs` are from `wanted`: the squared error over the variance of what is wanted, over all tensors.
+
+    It is 0 where they agree, and about 1 where the outputs say nothing. It has no temperature and asks nothing of what
+    they mean; tensors without elements have no say. Differentiable in `outputs`.
+
+    Raises:
+        InputError: their floating-point tensors differ in number or shape, or there are none with numbers in them.
+    """
+    own, goal = _tensors(outputs), _tensors(wanted)
+    if _shapes(own) != _shapes(goal) or not goal:
+        raise InputError(
+            f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
+            "must be the same tensors of floating-point numbers"
+        )
+    parts = [_error(x, y, _variance(y)) for x, y in zip(own, goal, strict=True) if y.numel()]
+    if not parts:
+        raise InputError(f"the teacher's outputs {shapes_of(wanted)} hold no numbers: nothing can be learnt from them")
+    return torch.stack(parts).mean()
+
+
+def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]]) -> Iterator[Tensor]:
+    """The distance of every tensor that a block gives at every call, where two models' can be compared.
+
+    The error is set against the variance of what the teacher's block gives or reads, whichever is larger: what a
+    branch adds may be small beside what it is added to, and need then not be met as well.
+    """
+    for name, calls in mine.items():
+        known = theirs.get(name, [])
+        if [_shapes(call.outputs) for call in calls] != [_shapes(call.outputs) for call in known]:
+            continue
+        for own, goal in zip(calls, known, strict=True):
+            for x, y in zip(own.outputs, goal.outputs, strict=True):
+                if _is_finite(y):
+                    beside = [z for z in goal.inputs if z.device == y.device and _is_finite(z)]
+                    yield _error(x, y, torch.stack([_variance(z) for z in (y, *beside)]).max())
+
+
+def in_single_precision(value: T) -> T:
+    """A model, in place, or tensors, with float32 wherever they are in half precision: small steps are lost there."""
+
+    def raised(x: Tensor) -> Tensor:
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    return value._apply(raised) if isinstance(value, nn.Module) else mapped(value, raised)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[_Call]]]:
+    """The calls of the modules of these names while this lasts."""
+    found: dict[str, list[_Call]] = {}
+    modules = dict(model.named_modules())
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        found.setdefault(name, []).append(_Call(_comparable(inputs), _comparable(output)))
+
+    with ExitStack() as hooks:
+        for name in names:
+            if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):  # these take no hooks
+                hooks.callback(modules[name].register_forward_hook(partial(note, name)).remove)
+        yield found
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [x for x in tensors_in(outputs) if x.is_floating_point()]
+
+
+def _comparable(outputs: Any) -> list[Tensor]:
+    """Those that have numbers at places; tensors inside a transformation of functions are none of ours."""
+    plain = [x for x in _tensors(outputs) if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    return [x for x in plain if x.layout == torch.strided and not x.is_nested and x.numel()]
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in tensors]
+
+
+def _error(x: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+    return (x.float() - wanted.float()).square().mean() / variance
+
+
+def _variance(x: Tensor) -> Tensor:
+    """The variance of numbers, or their mean square where they are all the same, and 1 where that is 0."""
+    x = x.detach().float()
+    variance, power = (x - x.mean()).square().mean(), x.square().mean()
+    scale = torch.where(variance > 1e-10 * power, variance, power)
+    return torch.where(scale < torch.finfo(x.dtype).tiny, 1.0, scale)

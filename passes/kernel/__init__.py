@@ -4,17 +4,17 @@ One row of a result (a filter's picture) is a weighted sum of rows of the input.
 inputs of a group is a table of channel numbers and a kernel's taps are offsets into a picture with margins: nothing is
 copied, and the permutations of eq. 17 are address arithmetic. The parts, in the order in which data flows:
 
-| file | what it does |
+| part | what it does |
 |---|---|
-| `geometry` | kernel, stride, padding, dilation; the margins around a picture |
-| `packing` | from a layer to tables: pure tensor functions |
-| `schedule` | for one input size: what is copied, which pixels, how the work is cut: pure integers |
-| `target`, `activations`, `emission` | micro-kernels as LLVM IR for this machine's vectors |
-| `library`, `cache` | the same compiled, and kept on disk |
-| `call`, `jit`, `planes`, `driver`, `threads` | the compiled loops, and torch's own threads to run them |
-| `run` | what is known of a layer's calls before there are tensors |
-| `program`, `memory` | layers that run in one call, and memory for it |
-| `ops`, `module`, `chain` | the same as an operation of torch; the layer that calls it; layers one after the other |
+| `layout.geometry` | kernel, stride, padding, dilation; the margins around a picture |
+| `layout.packing` | from a layer to tables: pure tensor functions |
+| `layout.schedule` | for one input size: what is copied, which pixels, how the work is cut: pure integers |
+| `codegen.target`, `activations`, `micro_kernel` | micro-kernels as LLVM IR for this machine's vectors |
+| `codegen.object_code`, `cache` | the same compiled, and kept on disk |
+| `runtime` | the compiled loops, and torch's own threads to run them |
+| `form` | what is known of a layer's calls before there are tensors |
+| `program`, `layout.memory` | layers that run in one call, and memory for it |
+| `ops`, `packed_layer`, `packed_chain` | an operation of torch; the layer that calls it; layers one after the other |
 
 `supported` says whether this machine can run it. `pack_layer` and `pack_conv2d` compile what is needed, so that no
 request has to wait for it. numba and llvmlite are imported when that happens.

@@ -25,13 +25,14 @@ from passes.errors import InputError
 from passes.layers.grouped import GROUPED, Grouped, GroupedConv1d, GroupedConv2d, GroupedConv3d, GroupedLinear
 from passes.layers.masked import MASKED, Masked, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from passes.layers.surgery import shallow_copy
-from passes.tracing.parameter_use import SAME_FOR_ALL_FORMS
 
 M = TypeVar("M", bound="MaskedCustom")
 
 _CALLS: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.linear: nn.Linear,
 }  # fmt: skip
+# Attributes that a regrouped layer's parameter has in common with the dense one's.
+SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
 # What may be asked of a weight without looking at its values.
 SAME_FOR_ALL_VALUES = SAME_FOR_ALL_FORMS | {"shape", "size", "dim", "ndim", "numel", "nelement", "__len__"}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

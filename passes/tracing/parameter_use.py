@@ -10,8 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-# Attributes that a regrouped layer's parameter has in common with the dense one's.
-SAME_FOR_ALL_FORMS = {"dtype", "device", "requires_grad", "is_cuda", "is_meta", "layout", "is_quantized"}
+from passes.layers.custom import SAME_FOR_ALL_FORMS
 
 
 class ParameterWatch(TorchFunctionMode):

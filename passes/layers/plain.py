@@ -8,7 +8,6 @@ nothing stored but the blocks and the indices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import CallsWith, Custom, GroupedCustom, LayerCall
 from passes.layers.grouped import GROUPED, Form, Grouped
 from passes.layers.surgery import replace_module, shallow_copy
-from passes.models.values import plain
 
 
 def make_exportable(model: nn.Module, form: Form) -> None:
@@ -35,17 +33,6 @@ def make_exportable(model: nn.Module, form: Form) -> None:
                 raise InputError(f"layer {path!r} can't be written to a file: {change}; put it back first")
             custom = dense_custom if form == "dense" else CustomBlocks
             replace_module(model, path, custom(layer) if isinstance(layer, GroupedCustom) else make(layer))
-
-
-def give_plain_outputs(model: nn.Module) -> None:
-    """Let `model` give its outputs in dicts, tuples and lists, in place: a file can't hold the classes of others."""
-    forward = model.forward
-
-    @wraps(forward)
-    def plain_forward(*args: Any, **kwargs: Any) -> Any:
-        return plain(forward(*args, **kwargs))
-
-    model.forward = plain_forward
 
 
 def dense_layer(layer: Grouped) -> nn.Module:

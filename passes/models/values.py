@@ -10,10 +10,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import wraps
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
@@ -52,6 +53,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return (tuple if isinstance(value, tuple) else list)(map(plain, value))
     return value
+
+
+def give_plain_outputs(model: nn.Module) -> None:
+    """Let `model` give its outputs in dicts, tuples and lists, in place: a file can't hold the classes of others."""
+    forward = model.forward
+
+    @wraps(forward)
+    def plain_forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(forward(*args, **kwargs))
+
+    model.forward = plain_forward
 
 
 def comparable(value: object, place: str) -> dict[str, Tensor | Plain]:

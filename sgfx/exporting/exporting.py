@@ -20,12 +20,12 @@ from torch.export import ExportedProgram
 from passes.errors import InputError
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Form
-from passes.layers.plain import give_plain_outputs, make_exportable
+from passes.layers.plain import make_exportable
 from passes.layers.plan import plans
 from passes.layers.surgery import hook_dicts
 from passes.models.comparing import distance, kinds, rounding
 from passes.models.copying import unhooked_copy
-from passes.models.values import mapped, tensors_in
+from passes.models.values import give_plain_outputs, mapped, tensors_in
 from passes.options.arguments import ExampleInputs, as_inputs, split
 from passes.options.checks import check_model
 from passes.tracing.python_names import rename_in_program

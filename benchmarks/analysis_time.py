@@ -21,8 +21,8 @@ from benchmarks.machine import describe_machine
 from passes.elimination.analysis import ChannelAnalysis
 from passes.elimination.elimination import Elimination
 from passes.infra.compilation import Unit
-from passes.infra.facts import Settings
 from passes.infra.manager import run_passes
+from passes.options.settings import Settings
 
 ROUNDS = 3
 

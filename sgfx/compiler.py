@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from passes.calibration.data import Arguments, read_examples
 from passes.errors import InputError
 from passes.infra.compilation import Unit
-from passes.infra.facts import Criterion, Settings
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan
 from passes.models.adoption import adopt
 from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
+from passes.options.settings import Criterion, Settings
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
 from sgfx.budgets import Budget, checked_budget, spend
 from sgfx.calibrating import calibrate_on

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from passes.compression.masking import mask, masked_layer, unmask
 from passes.errors import InputError
 from passes.infra.compilation import Unit
-from passes.infra.facts import Criterion
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan, network_ratios
 from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs
 from passes.options.checks import LeafModules, checked_settings, step_ratio
+from passes.options.settings import Criterion
 from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
 
 M = TypeVar("M", bound=nn.Module)

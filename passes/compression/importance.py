@@ -12,10 +12,8 @@ from torch import Tensor
 
 from passes.errors import InputError
 from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Criterion
 from passes.layers.masked import effective_weight
-
-NORMS = {"l1": 1, "l2": 2}
+from passes.options.settings import NORMS, Criterion
 
 
 def importance(weight: Tensor, criterion: Criterion = "l1") -> Tensor:

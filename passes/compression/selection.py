@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.errors import InputError
 from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Regions, Settings, Target
+from passes.infra.facts import Regions, Target
 from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import is_custom
 from passes.layers.grouped import GROUPED, Grouped
@@ -32,6 +32,7 @@ from passes.layers.masked import Masked
 from passes.layers.plain_weights import removal_of
 from passes.layers.plan import layer_shape
 from passes.options.names import covers, matches
+from passes.options.settings import Settings
 from passes.tracing.probing import misuse
 from passes.tracing.usage import Usage
 

@@ -21,12 +21,13 @@ from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch
 from passes.freezing.thresholds import use_thresholds
 from passes.infra.compilation import Unit
-from passes.infra.facts import Region, Regions, Settings
+from passes.infra.facts import Region, Regions
 from passes.infra.manager import run_passes
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.models.copying import copy_model
 from passes.models.values import mapped
+from passes.options.settings import Settings
 from passes.pipeline import ELIMINATION
 from passes.tracing.python_names import rename_keywords
 from passes.tracing.regions import find_regions

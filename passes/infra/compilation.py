@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from passes.errors import PassError
-from passes.infra.facts import Groups, Regions, Settings, Target
+from passes.infra.facts import Groups, Regions, Target
 from passes.layers.plan import LayerPlan
+from passes.options.settings import Settings
 
 if TYPE_CHECKING:
     from passes.elimination.analysis import Channels

@@ -1,16 +1,13 @@
-"""The plain data that passes exchange: what was asked for, and what each pass finds out."""
+"""The plain data that passes exchange: what each of them finds out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor, fx
 
 from passes.options.names import covers
-
-Criterion = Literal["l1", "l2"] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,34 +16,6 @@ class Target:
 
     groups: int
     ratio: float
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for, checked by `passes.options.checks.checked_settings`.
-
-    Attributes:
-        groups: groups per layer, at most.
-        ratio: share of the connections of each layer that is pruned, in [0, 1).
-        linear_ratio: the same for linear layers; None means `ratio`.
-        ignore: names and glob patterns of modules to leave alone, with everything below them.
-        overrides: names or patterns of layers, with their own ``groups`` and ``ratio``.
-        criterion: ``"l1"``, ``"l2"`` or a callable from the weight to an importance ``[C_out, C_in]``.
-        seed: seed of the clustering.
-        example_inputs: arguments of the model's forward (`passes.options.arguments`), to check and to know shapes;
-            None if not given.
-        leaf_modules: paths of modules that are not to be traced into.
-    """
-
-    groups: int = 8
-    ratio: float = 0.0
-    linear_ratio: float | None = None
-    ignore: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    criterion: Criterion = "l1"
-    seed: int = 0
-    example_inputs: tuple[object, ...] | None = None
-    leaf_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

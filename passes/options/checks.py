@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from passes.compression.importance import NORMS
 from passes.errors import InputError
-from passes.infra.facts import Criterion, Settings
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.names import covers, is_pattern, matches
+from passes.options.settings import NORMS, Criterion, Settings
 
 # Of torch, Lightning's Fabric and DeepSpeed, which are not imported here.
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "_FabricModule", "DeepSpeedEngine"}

@@ -13,9 +13,9 @@ from passes.elimination.elimination import cuts_of
 from passes.elimination.labels import along
 from passes.elimination.rules import moving
 from passes.infra.compilation import Unit
-from passes.infra.facts import Settings
 from passes.infra.manager import run_passes
 from passes.layers.channel_cut import cuts
+from passes.options.settings import Settings
 from passes.pipeline import ELIMINATION
 from passes.tracing.regions import find_regions
 

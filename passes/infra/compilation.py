@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -12,9 +12,6 @@ from passes.errors import PassError
 from passes.infra.facts import Groups, Regions, Target
 from passes.layers.plan import LayerPlan
 from passes.options.settings import Settings
-
-if TYPE_CHECKING:
-    from passes.elimination.analysis import Channels
 
 T = TypeVar("T")
 
@@ -59,7 +56,7 @@ class Unit:
     importance = Fact[dict[str, Tensor]]()
     grouping = Fact[dict[str, Groups]]()
     plans = Fact[dict[str, LayerPlan]]()
-    channels: Fact[Channels] = Fact()
+    channels = Fact[Any]()  # a `Channels`, which stands in a later room
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         """Start with the model and the settings, and no facts."""

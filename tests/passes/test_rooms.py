@@ -1,0 +1,65 @@
+"""The rooms of the compiler stand in one order, and a module imports from its own room and earlier ones alone."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import passes
+
+ROOT = Path(passes.__file__).parent
+# As data flows. The kernel stands early: it knows nothing of the compiler.
+ORDER = (
+    "errors", "layers", "kernel", "options", "infra", "models", "tracing", "compression", "elimination", "pipeline",
+    "calibration", "freezing",
+)  # fmt: skip
+
+
+def rooms_imported(source: str) -> Iterator[tuple[int, str]]:
+    """The line and the room of every import from `passes`, also in functions and for type checkers alone."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: write whole names, from {node.module} can't be followed"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "passes":
+                yield node.lineno, rest.partition(".")[0]
+
+
+def test_imports_are_seen_wherever_they_stand():
+    source = """
+import passes.tracing.trace
+from passes import kernel
+from passes.errors import InputError
+from torch import nn
+if TYPE_CHECKING:
+    from passes.elimination.analysis import Channels
+def late():
+    from passes.models.values import leaves
+"""
+    found = [room for _, room in rooms_imported(source)]
+    assert sorted(found) == ["elimination", "errors", "kernel", "models", "tracing"]
+
+
+def test_every_room_has_its_place():
+    places = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert places - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_imports_go_from_later_rooms_to_earlier_ones(room):
+    allowed = set(ORDER[: ORDER.index(room) + 1])
+    files = sorted((ROOT / room).rglob("*.py")) or [ROOT / f"{room}.py"]
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports from {other}"
+        for file in files
+        for line, other in rooms_imported(file.read_text(encoding="utf-8"))
+        if other not in allowed
+    ]
+    assert not wrong

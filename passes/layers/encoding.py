@@ -103,7 +103,7 @@ def _plan(fields: Any, shape: LayerShape) -> LayerPlan:
             keep=torch.from_numpy(np.unpackbits(bits, axis=1, count=inputs).astype(bool)),
             requested_ratio=float(fields["requested_ratio"]),
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise _damaged(error) from error
 
 

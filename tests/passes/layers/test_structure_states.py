@@ -94,6 +94,8 @@ def test_damaged_structures_are_refused(damage):
         ("keep", [3] * 4),
         ("keep", []),
         ("requested_ratio", 2),
+        ("requested_ratio", 10**400),
+        ("labels", [2**70] * 9),
         ("requested_ratio", None),
         ("inputs", True),
         ("format", 0),

@@ -48,8 +48,8 @@ def calibrate(dense: nn.Module, small: M, data: Any, *, progress: bool = True) -
         `small`.
 
     Raises:
-        InputError: (a ValueError) the data are empty, hold NaN or do not fit, or `small` is no compiled form of
-            `dense`. Nothing is changed then.
+        InputError: (a ValueError) the data are empty, hold NaN or do not fit, activations overflow, or `small` is no
+            compiled form of `dense`, or filters have been eliminated from it. Nothing is changed then.
         TypeError: an argument is of the wrong type.
     """
     check_compiled(dense, small)

@@ -2,13 +2,17 @@
 
 | file | what it does |
 |---|---|
-| `fused` | the modules of the inference form that call the library, and the algebra of folding a norm |
+| `recipe` | the modules of the inference form that call the library, and the algebra of folding a norm |
 | `fusion` | rewrites an eval graph: what does nothing goes, norms, sums and activations move into layers |
 | `constants` | channels that are the same for every input go into the biases of what reads them |
 | `thresholds` | a norm and a ReLU before layers without padding become a comparison within these |
-| `joining` | concatenations that grow add to one tensor |
+| `concatenation` | concatenations that grow add to one tensor |
 | `decisions` | what was measured and chosen, and on what machine |
-| `choosing` | times the candidates of each layer on its real shape, and puts the fastest in |
+| `candidates` | times the candidates of each layer on its real shape, and puts the fastest in |
 | `placing` | lets a layer write into the padded plane that the next one reads |
 | `chaining` | packed layers that follow each other run in one call |
+| `assemble`, `forms` | the parts of a model put together; the fastest form of the whole |
+| `checking`, `locating`, `doubt` | compared with the model; where it differs first; what rounding explains |
+| `hooks` | a model in which a hook changes something is refused |
+| `stopwatch` | the one clock |
 """

@@ -1,8 +1,8 @@
 """Chaining: packed layers that follow each other in the graph become one module, which runs them in one call.
 
 1. Layers take part as long as no other operation stands between them in the order of the graph.
-2. Of a concatenation that grows (see `joining`), a step that adds nothing but results of the chain is part of it too:
-   the layers write where the step would copy, and read the channels that are there by then.
+2. Of a concatenation that grows (see `concatenation`), a step that adds nothing but results of the chain is part of it
+   too: the layers write where the step would copy, and read the channels that are there by then.
 3. What a later operation reads is an output of the chain; all else stays within it.
 """
 

@@ -15,8 +15,8 @@ from tests.tools.random_models import networks
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_networks_equal_the_masked_ones():
-    counts = fuzz(200, seed=1)
-    assert counts.total() >= 200
+    counts = fuzz(60, seed=1)  # thousands: python -m benchmarks.fuzz
+    assert counts.total() >= 60
     assert counts["refused"] == 0
     assert counts["ill-conditioned"] == 0
     assert total(counts, "exact") > 0.6 * counts.total()
@@ -35,7 +35,7 @@ def test_random_networks_equal_their_frozen_forms(dtype, strategy, tolerance):
 
     @seed(0)
     @settings(
-        max_examples=50,
+        max_examples=25,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -62,7 +62,7 @@ def test_random_networks_equal_their_frozen_forms(dtype, strategy, tolerance):
             frozen.append(1)
 
     one()
-    assert len(frozen) > 30
+    assert len(frozen) > 15
 
 
 def total(counts, start, end=""):

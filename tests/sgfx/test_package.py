@@ -93,9 +93,9 @@ def test_the_api_is_word_for_word(function):
             "(small, path, example_inputs, *, form=None, opset=None, input_names=None, output_names=None, "
             "dynamic_shapes=None)",
         ),
-        (sgfx.freeze, "(model, example_inputs, *, strategy=None, decisions=None)"),
-        (sgfx.calibrate, "(dense, small, data)"),
-        (sgfx.distill, "(dense, small, data, *, steps=400, lr=0.001)"),
+        (sgfx.freeze, "(model, example_inputs, *, strategy=None, decisions=None, progress=True)"),
+        (sgfx.calibrate, "(dense, small, data, *, progress=True)"),
+        (sgfx.distill, "(dense, small, data, *, steps=400, lr=0.001, progress=True)"),
         (sgfx.Trainer, "(model, train_data, val_data=None, *, epochs, lr, teacher=None, "),
         (models_zoo.list, "()"),
         (models_zoo.create, "(name, **options)"),

@@ -193,7 +193,8 @@ def test_masks_are_taken_over_where_no_plan_says_otherwise_and_checked_where_one
     assert_same_tables(first, before)
 
 
-# What earlier versions wrote: they kept the structure in buffers.
+# What earlier versions wrote: they kept the structure in buffers. (The pickle's modules have been given the names that
+# they have today.)
 
 
 def former():

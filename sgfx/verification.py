@@ -129,7 +129,13 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: ExampleInputs) ->
     masked = next((path for path, module in small.named_modules() if isinstance(module, Masked)), None)
     if masked is not None:
         raise InputError(f"layer {masked!r} of small is masked, not regrouped: verify what Pruner.lower returns")
-    inputs = as_inputs(example_inputs, dense) or ()
+    with torch.inference_mode(False), torch.enable_grad():  # gradients are compared, whatever the caller records
+        return _verified(dense, small, found, as_inputs(example_inputs, dense) or ())
+
+
+def _verified(
+    dense: nn.Module, small: nn.Module, found: dict[str, LayerPlan], inputs: tuple[object, ...]
+) -> Verification:
     reference, twin = masked_reference(dense, small), unhooked_copy(small)
     rows = rows_by_name(dense, small)
     moved, weights_moved = _moved(dense, small, rows, found)

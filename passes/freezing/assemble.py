@@ -16,6 +16,7 @@ from passes.freezing.concatenation import join
 from passes.freezing.constants import fold_constants
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.fusion import fuse
+from passes.freezing.layouts import keep_layouts
 from passes.freezing.placing import place
 from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch
@@ -88,6 +89,7 @@ def rewritten(region: Region) -> fx.GraphModule:
     fold_constants(graph)
     use_thresholds(graph)
     join(graph)
+    keep_layouts(graph)
     return graph
 
 
@@ -100,8 +102,12 @@ def _alone(small: nn.Module, regions: Regions) -> Iterator[Part]:
             graph = fx.Graph()
             x = graph.placeholder("input")  # its name in the forwards of layers
             x.meta["val"] = inputs[0]
-            graph.output(graph.call_module("layer", (x,)))
-            yield Part(path, fx.GraphModule({"layer": Recipe(layer, path)}, graph), filled(inputs))
+            y = graph.call_module("layer", (x,))
+            y.meta["val"] = layer(inputs[0])
+            graph.output(y)
+            alone = fx.GraphModule({"layer": Recipe(layer, path)}, graph)
+            keep_layouts(alone)
+            yield Part(path, alone, filled(inputs))
 
 
 def filled(arguments: tuple[object, ...]) -> tuple[object, ...]:

@@ -95,14 +95,14 @@ def _may_write(graph: fx.GraphModule, node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.target in (*AUGMENTED, operator.setitem) or (name.endswith("_") and not name.endswith("__")):
         return True
-    if not isinstance(node.target, str) and not _is_known(node.target):
+    if not isinstance(node.target, str) and not is_known(node.target):
         return True
     place = None if isinstance(node.target, str) else _place_of_inplace(node.target)
     told = place is not None and len(node.args) > place and bool(node.args[place])
     return told or bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
 
 
-def _is_known(function: Any) -> bool:
+def is_known(function: Any) -> bool:
     """Whether a function is one of torch's, of Python's or of this package."""
     home = getattr(function, "__module__", None) or getattr(type(function), "__module__", "")
     return str(home).partition(".")[0] in _HOMES or "_foreach" in getattr(function, "__name__", "")
@@ -128,13 +128,14 @@ def is_unchanged(graph: fx.GraphModule, tensor: fx.Node, first: fx.Node, last: f
     while node is not last:
         if node.op == "root":
             return False  # `last` comes before `first`
-        if own & _written_by(graph, node):
+        if own & written_by(graph, node):
             return False
         node = node.next
     return True
 
 
-def _written_by(graph: fx.GraphModule, node: fx.Node) -> set[int]:
+def written_by(graph: fx.GraphModule, node: fx.Node) -> set[int]:
+    """The storages that a node writes to."""
     if _KEY in node.meta:
         return set(node.meta[_KEY])
     read = [storages(each.meta.get("val")) for each in node.all_input_nodes] if works_in_place(graph, node) else []

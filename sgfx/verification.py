@@ -249,11 +249,18 @@ class _WithoutDropout(TorchFunctionMode):
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
     """Gradients of a fixed weighted sum of all outputs, with respect to the parameters that it depends on."""
-    loss = sum((x.flatten() * torch.arange(x.numel(), device=x.device).cos()).sum() for x in outputs if x.requires_grad)
+    parts = [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.requires_grad]
+    loss = sum((x.flatten() * torch.arange(x.numel(), device=x.device).cos()).sum() for x in parts)
     if not isinstance(loss, Tensor):
         return {}
-    with own_random_state():
-        loss.backward()  # type: ignore[no-untyped-call]  # checkpoints that are reentrant allow nothing else
+    try:
+        with own_random_state():
+            loss.backward()  # type: ignore[no-untyped-call]  # checkpoints that are reentrant allow nothing else
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} can't be trained, so its gradients can't be compared: {error}. Mend its forward, "
+            "or verify it with requires_grad_(False)"
+        ) from error
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 

@@ -53,7 +53,7 @@ def test_a_model_that_cant_be_trained_is_told():
     dense = Spoilt(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()
     small = sgfx.compile(dense, groups=3, ratio=0.5)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    with pytest.raises(sgfx.InputError, match="Spoilt can't be trained, so its gradients can't be compared: .*inplace"):
+    with pytest.raises(sgfx.InputError, match=r"Spoilt can't be trained, so its gradients .*inplace"):
         sgfx.verify(dense, small, images)
     found = sgfx.verify(dense.requires_grad_(False), small.requires_grad_(False), images)
     assert found.gradient_error is None

@@ -151,7 +151,7 @@ class _Walk:
         site = self.channels.site(path, module)
         from_end = channel_dim(module, value.dim()) - value.dim()
         labels = operands[0] if len(operands) == 1 else None
-        if labels is None or varying(labels) - {labels.dim() + from_end}:
+        if labels is None or not labels.numel() or varying(labels) - {labels.dim() + from_end}:
             site.reads.append(site.none_known())
             if site.slots is not None:
                 self.channels.hold(site.slots, "called in a way that isn't understood")

@@ -144,3 +144,12 @@ def test_every_operation_of_the_tables_is_tried():
     )
     assert set(OPERATIONS) == tables
     assert set(MODULES) == {*ops.ELEMENTWISE_MODULES, *ops.LOCAL_MODULES}
+
+
+def test_examples_without_elements_show_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
+    small = sgfx.compile(model, groups=3, ratio=0.6)
+    frozen = sgfx.freeze(small, torch.zeros(0, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    assert frozen(images[:0]).shape == (0, 8, 8, 8)
+    assert (frozen(images) - small(images)).abs().max() < 1e-5

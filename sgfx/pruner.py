@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from passes.compression.masking import mask, masked_layer, unmask
@@ -59,6 +60,7 @@ class Pruner(Generic[M]):
         model: the masked copy of the model, to be trained in place.
     """
 
+    @torch.inference_mode(False)  # or what is made here could never be trained
     def __init__(
         self,
         model: M,
@@ -122,6 +124,7 @@ class Pruner(Generic[M]):
             if step.index == self._index:
                 self._open = False
 
+    @torch.inference_mode(False)
     def _advance(self) -> None:
         index = self._index + 1
         self._unit.limit = 1.0 if index == len(self) else round(index * self._step, 12)
@@ -132,6 +135,7 @@ class Pruner(Generic[M]):
         requested, achieved = network_ratios(self._unit.plans)
         return Step(self._index, requested, achieved)
 
+    @torch.inference_mode(False)
     def lower(self) -> M:
         """Regroup the masked model physically, in place, and return it: `model` is then the small model.
 
@@ -170,6 +174,7 @@ class Pruner(Generic[M]):
             "model": self.model.state_dict(),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state. The pruner must be made from the same kind of model with the same options.
 

@@ -148,3 +148,15 @@ def test_states_of_earlier_versions_whose_masks_were_buffers_are_read():
     with pytest.raises(sgfx.InputError, match=r"fc1\.mask differs"):
         each.load_state_dict(state | {"model": other})
     assert_same(each, before)
+
+
+def test_what_is_pruned_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        state = at_step(1).state_dict()
+        each = pruner()
+        each.load_state_dict(state)
+        steps = [step.index for step in each]
+        small = each.lower()
+    assert steps[0] == 1
+    small(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sgfx.reporting.reporting import report
     from sgfx.reporting.tables import Report, Share
     from sgfx.training.distillation import distill
+    from sgfx.training.recipes import recipe
     from sgfx.training.trainer import Trainer
     from sgfx.verification import Verification, verify
 
@@ -44,6 +45,7 @@ _HOMES = {
     "freeze": "sgfx.freezing",
     "load": "sgfx.files.files",
     "plans": "passes.layers.plan",
+    "recipe": "sgfx.training.recipes",
     "report": "sgfx.reporting.reporting",
     "save": "sgfx.files.files",
     "verify": "sgfx.verification",
@@ -69,6 +71,7 @@ __all__ = [
     "freeze",
     "load",
     "plans",
+    "recipe",
     "report",
     "save",
     "verify",

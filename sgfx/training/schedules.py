@@ -1,20 +1,25 @@
-"""Learning rates by epoch, as a pure function.
+"""Learning rates by epoch, made of torch's schedulers.
 
-With epochs ``e`` counted from 1 to ``E`` and a base rate ``lr``:
+With epochs ``e`` counted from 1 to ``E``, a base rate ``lr`` and no warm-up:
 
 - ``"constant"``: ``lr``;
 - ``"cosine"``: ``lr · (1 + cos(π · (e − 1) / E)) / 2``, from ``lr`` down to nearly nothing in the last epoch;
 - epochs ``(m₁, m₂, …)``: ``lr / 10ᵏ``, where ``k`` of them are over (``mᵢ < e``). The paper's ``(100, 150)`` trains
   100 epochs at ``lr``, 50 at a tenth and the rest at a hundredth of it.
+
+``W`` epochs of warm-up go up in equal steps, ``lr · e / (W + 1)``. The cosine falls in the epochs after them;
+milestones are counted from the start of training as ever.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import Literal, TypeAlias, get_args
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from passes.errors import InputError
 
@@ -22,13 +27,16 @@ Shape: TypeAlias = Literal["constant", "cosine"]
 Schedule: TypeAlias = Shape | Sequence[int]
 
 
-def checked_schedule(schedule: Schedule) -> Shape | tuple[int, ...]:
+def checked_schedule(schedule: Schedule, epochs: int, warmup: int = 0) -> Shape | tuple[int, ...]:
     """Return `schedule` in a form that later changes to a list don't reach.
 
     Raises:
-        InputError: it is no known name, or its epochs are not ascending integers from 1.
+        InputError: it is no known name, or its epochs are not ascending integers from 1; there is more warm-up than
+            there are epochs, or lr is to be divided in it.
         TypeError: it is neither a name nor a sequence.
     """
+    if warmup >= epochs:
+        raise InputError(f"warmup ({warmup} epochs) must be shorter than training ({epochs} epochs)")
     choices = ", ".join(map(repr, get_args(Shape))) + " or the epochs after which lr is divided by ten, as (100, 150)"
     if isinstance(schedule, str):
         if schedule not in get_args(Shape):
@@ -39,13 +47,22 @@ def checked_schedule(schedule: Schedule) -> Shape | tuple[int, ...]:
     integers = all(isinstance(epoch, Integral) and not isinstance(epoch, bool) for epoch in schedule)
     if not integers or any(later <= earlier for earlier, later in pairwise((0, *schedule))):
         raise InputError(f"the epochs of a schedule must be integers from 1, each after the last, not {schedule!r}")
-    return tuple(int(epoch) for epoch in schedule)
+    milestones = tuple(int(epoch) for epoch in schedule)
+    if milestones and milestones[0] <= warmup:
+        raise InputError(f"lr is divided after epoch {milestones[0]}, within the {warmup} epochs of warm-up")
+    return milestones
 
 
-def learning_rate(schedule: Shape | tuple[int, ...], lr: float, epoch: int, epochs: int) -> float:
-    """The learning rate of `epoch` (from 1) of `epochs` under a checked schedule with base rate `lr`."""
+def scheduler(optimizer: Optimizer, schedule: Shape | tuple[int, ...], epochs: int, warmup: int = 0) -> LRScheduler:
+    """The scheduler of a checked schedule; it is stepped after every epoch."""
+    rest: LRScheduler
     if isinstance(schedule, tuple):
-        return lr / 10.0 ** sum(milestone < epoch for milestone in schedule)
-    if schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
-    return lr
+        rest = MultiStepLR(optimizer, [epoch - warmup for epoch in schedule])
+    elif schedule == "cosine":
+        rest = CosineAnnealingLR(optimizer, epochs - warmup)
+    else:
+        rest = ConstantLR(optimizer, 1.0, 1)
+    if not warmup:
+        return rest
+    first = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [first, rest], [warmup])

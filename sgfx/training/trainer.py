@@ -1,74 +1,100 @@
-"""`sgfx.Trainer`: a thin training loop for classifiers, on Hugging Face accelerate.
+"""`sgfx.Trainer`: a training loop that can be left alone, on Hugging Face accelerate.
 
 It trains the model in place and leaves nothing else behind: no wrapper on the model, its modules in their modes, the
-global random state as it was. Of accelerate it takes the device, autocast and the scaling of fp16 gradients. The model
-is not handed to accelerate's ``prepare``, which replaces ``forward``: its ``unwrap_model`` would keep an instance
-attribute, lose a user's own decorators on ``forward``, and leave a mark that makes the next ``prepare`` do nothing.
+global random state as it was. Of accelerate it takes devices, autocast, the scaling of fp16 gradients, and all that
+several processes need. What it does is in the files beside this one: an epoch in `loop`, data in `loading`, files in
+`run_folder` and `checkpoints`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from passes.errors import InputError
 from passes.infra.random_state import preserved_random_state
 from sgfx.training.accelerator import Precision, own_accelerator
-from sgfx.training.history import EpochRecord, History
-from sgfx.training.schedules import Schedule, checked_schedule, learning_rate
+from sgfx.training.history import History
+from sgfx.training.loading import Data, Source, checked_data
+from sgfx.training.loop import Loop
+from sgfx.training.modules import preserved_modes
+from sgfx.training.optimizing import MakeOptimizer, trained_parameters
+from sgfx.training.recording import Recorder
+from sgfx.training.run_folder import RunFolder
+from sgfx.training.schedules import Schedule
+from sgfx.training.settings import Settings
+from sgfx.training.tasks.classification import Classification
+from sgfx.training.tasks.task import Task
 from sgfx.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
 
-Data: TypeAlias = Iterable[Any]  # of batches (inputs, targets), checked as they come
+TASKS = ("classification",)
 
 
 class Trainer:
-    """Trains a classifier in place by stochastic gradient descent with momentum.
+    """Trains a model in place by stochastic gradient descent with momentum, or an optimizer of your own.
 
     ::
 
-        history = sgfx.Trainer(model, train_loader, val_loader, epochs=200, lr=0.1, schedule=(100, 150)).fit()
-        history.epochs[-1].val_top1
+        trainer = sgfx.Trainer(model, train_loader, val_loader, epochs=200, lr=0.1, schedule=(100, 150), folder="run")
+        trainer.fit().epochs[-1].val_top1
 
-    Training runs in one process on one device, a GPU where there is one. In a process that a launcher such as torchrun
-    started with others it refuses to.
+    Training runs on a GPU where there is one. Started by ``accelerate launch`` or ``torchrun`` it runs in all their
+    processes: every one trains on its share of each DataLoader, and the batch of a step is those of all of them.
 
     Args:
         model: maps inputs to logits ``[N, classes]``. Parameters with ``requires_grad=False`` are left alone. If the
             model is in train mode, modules in eval mode (frozen norms) stay in it; if it is in eval mode, all of it
             trains.
         train_data: a DataLoader or any iterable of batches ``(inputs, targets)`` that can be iterated once per epoch;
-            `targets` are class indices ``[N]``, int64.
-        val_data: the same for validation, after each epoch; it has no influence on training.
+            `targets` are class indices ``[N]``, int64, or probabilities ``[N, classes]``.
+        val_data: the same for validation, after each epoch; it has no influence on the weights.
         epochs: passes over `train_data`, at least 1.
         lr: base learning rate, above 0.
         teacher: a model whose outputs, and those of whose blocks, are the targets of training, in place of the labels,
             such as the dense model that `model` was compiled from; see `sgfx.distill`. Labels are then only counted
             against, and the batches of `train_data` may also be inputs alone.
+        task: what the model is trained for: ``"classification"``.
         schedule: ``"constant"``, ``"cosine"`` (by epoch), or the epochs after which `lr` is divided by ten:
             ``(100, 150)``.
-        momentum: of SGD, in [0, 1).
-        weight_decay: L2 penalty on every trained parameter, at least 0.
+        folder: where the run is kept: ``last.pt``, a checkpoint to go on from; ``best.pt``, the weights of the epoch
+            that was best on `val_data`; ``log.csv``. All machines of a run must see it.
+        resume: go on from the checkpoint in `folder`, where there is one: the finished weights are those of a run that
+            was never interrupted, bit for bit. Model, data and options must be made as they were then.
+        ema: decay of an exponential moving average of weights and buffers, in (0, 1), such as 0.9998. It is then what
+            is validated, and what ``best.pt`` holds; `averaged` has it.
+        progress: show progress bars, in the main process.
+        optimizer: called as ``optimizer(groups, lr=lr)``, as torch's classes are: ``torch.optim.AdamW``, or
+            ``functools.partial(torch.optim.SGD, nesterov=True, momentum=0.9)``. `groups` have their `weight_decay`.
+        momentum: of SGD, where `optimizer` is None, in [0, 1).
+        weight_decay: L2 penalty on trained parameters, at least 0.
+        decay_norms: whether norms, biases and all parameters of one dimension have it too.
+        loss: of logits ``[N, classes]`` and targets, a scalar, in place of cross-entropy.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1).
+        transform: changes a batch on the device, before training: ``transform(inputs, targets)`` gives both, such as
+            torchvision's ``v2.MixUp(num_classes=10)``.
+        warmup: epochs in which `lr` goes up in equal steps first.
+        accumulate: batches whose gradients make one step.
+        clip_norm: the largest norm that the gradient of a step may have; a larger one is scaled down.
+        iterations: end after so many batches, though the epochs are not over.
+        patience: end after so many epochs in which the result on `val_data` was not better than the best before.
+        checkpoint_steps: make a checkpoint after every so many steps too, not only after every epoch; of a DataLoader.
         mixed_precision: ``"bf16"``, ``"fp16"`` (on a GPU) or None; parameters keep their type.
+        tracker: ``"tensorboard"`` for its logs in ``folder/tensorboard``.
         seed: of everything random in here, shuffling DataLoaders included, unless they have a ``generator`` of their
             own. The same seed and data give the same weights, on the CPU bit for bit.
-        progress: show progress bars.
 
     Attributes:
         model: the model, the same object.
+        averaged: after `fit` with `ema`, a copy of the model with the averages; else None.
     """
 
     def __init__(
@@ -80,41 +106,70 @@ class Trainer:
         epochs: int,
         lr: float,
         teacher: nn.Module | None = None,
+        task: str = "classification",
         schedule: Schedule = "constant",
+        folder: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        ema: float | None = None,
+        progress: bool = True,
+        optimizer: MakeOptimizer | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        decay_norms: bool = True,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         label_smoothing: float = 0.0,
+        transform: Callable[..., Any] | None = None,
+        warmup: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        iterations: int | None = None,
+        patience: int | None = None,
+        checkpoint_steps: int | None = None,
         mixed_precision: Precision | None = None,
+        tracker: str | None = None,
         seed: int = 0,
-        progress: bool = True,
     ) -> None:
         """Check the options; see the class. Nothing runs before `fit`.
 
         Raises:
-            InputError: (a ValueError) a value is out of range; says which are allowed.
+            InputError: (a ValueError) a value is out of range, or two contradict each other; says what is allowed.
             TypeError: a value is of the wrong type.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self.model = model
-        self._train_data = _checked_data(train_data, "train_data")
-        self._val_data = None if val_data is None else _checked_data(val_data, "val_data")
-        self._epochs = int(_number(epochs, "epochs", Integral, 1, math.inf))
-        self._lr = float(_number(lr, "lr", Real, 0, math.inf))
-        if self._lr == 0:
-            raise InputError("lr must be above 0: nothing is learnt at 0")
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module, not {type(teacher).__name__}")
-        self._teacher = None if teacher is None else Teacher(teacher)
-        self._schedule = checked_schedule(schedule)
-        self._momentum = float(_number(momentum, "momentum", Real, 0, 1))
-        self._weight_decay = float(_number(weight_decay, "weight_decay", Real, 0, math.inf))
-        self._label_smoothing = float(_number(label_smoothing, "label_smoothing", Real, 0, 1))
-        if self._teacher is not None and self._label_smoothing:
-            raise InputError("label_smoothing is of labels, and a teacher's outputs take their place: leave one out")
-        self._precision = _checked_precision(mixed_precision)
-        self._seed = int(_number(seed, "seed", Integral, 0, 2**32))
-        self._progress = progress
+        self.model = model
+        self.averaged: nn.Module | None = None
+        self._train_data = checked_data(train_data, "train_data")
+        self._val_data = None if val_data is None else checked_data(val_data, "val_data")
+        self._settings = Settings(
+            epochs=epochs,
+            lr=lr,
+            task=task,
+            schedule=schedule,
+            ema=ema,
+            optimizer=optimizer,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decay_norms=decay_norms,
+            loss=loss,
+            label_smoothing=label_smoothing,
+            transform=transform,
+            warmup=warmup,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            iterations=iterations,
+            patience=patience,
+            checkpoint_steps=checkpoint_steps,
+            mixed_precision=mixed_precision,
+            tracker=tracker,
+            seed=seed,
+        )
+        self._task = _make_task(self._settings, teacher)
+        self._folder = None if folder is None else RunFolder(folder)
+        self._resume, self._progress = resume, progress
+        _check_together(self._settings, self._folder, resume, self._train_data, self._val_data)
 
     def fit(self) -> History:
         """Train, and return what each epoch did.
@@ -124,178 +179,77 @@ class Trainer:
         it again trains on, with the seed and the schedule from the start and no momentum.
 
         Raises:
-            InputError: nothing to train, no batches, a batch or logits of another form than the class describes, or a
-                precision or process setup that this machine or class has no support for.
-            FloatingPointError: the loss became NaN or infinite; the weights are those before that step.
+            InputError: nothing to train, no batches, a batch or logits of another form than the class describes, a
+                precision or process setup that this machine or class has no support for, a folder that holds a run
+                already, or the checkpoint of another model or other options. Nothing has changed then, but by steps
+                that were made before.
+            FloatingPointError: the loss became NaN or infinite; the weights are those before that step. Says which
+                checkpoint was the last good one.
+            OSError: the disk is full or the like; the last checkpoint is whole.
         """
+        options: dict[str, Any] = {}
+        if self._settings.tracker is not None and self._folder is not None:
+            options = {"log_with": self._settings.tracker, "project_dir": self._folder.path}
+        trained_parameters(self.model)
         with (
             preserved_random_state(),
-            own_accelerator(self._precision) as accelerator,
-            _preserved_modes(self.model),
+            own_accelerator(
+                self._settings.mixed_precision, accumulate=self._settings.accumulate, **options
+            ) as accelerator,
+            preserved_modes(self.model),
+            ExitStack() as stack,
         ):
-            from accelerate.utils import set_seed
-
-            optimizer = accelerator.prepare_optimizer(self._optimizer())
-            set_seed(self._seed)
-            self.model.to(accelerator.device)
+            train = self._source(self._train_data, "train_data", accelerator, stack)
+            val = None if self._val_data is None else self._source(self._val_data, "val_data", accelerator, stack)
+            recorder = Recorder(self._folder, self._resume, self._settings, accelerator, train, val is not None)
+            recorder.check(self.model)
             if not self.model.training:
                 self.model.train()
-            records = []
-            with tqdm(range(1, self._epochs + 1), unit="epoch", disable=not self._progress) as bar:
-                for epoch in bar:
-                    records.append(self._epoch(accelerator, optimizer, epoch))
-                    bar.set_postfix({key: value for key, value in asdict(records[-1]).items() if value is not None})
-        return History(tuple(records))
+            loop = Loop(self.model, self._task, self._settings, accelerator, train, val, recorder.after_step)
+            self.averaged = None if loop.averaged is None else loop.averaged.module
+            stack.enter_context(recorder.recording(loop))
+            return self._epochs(loop, recorder, accelerator)
 
-    def _optimizer(self) -> torch.optim.SGD:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if not trained:
-            raise InputError("the model has nothing to train: no parameter with requires_grad=True; set it on some")
-        return torch.optim.SGD(trained, lr=self._lr, momentum=self._momentum, weight_decay=self._weight_decay)
+    def _epochs(self, loop: Loop, recorder: Recorder, accelerator: Accelerator) -> History:
+        shown = self._progress and accelerator.is_main_process
+        done = loop.position.epoch - 1
+        with tqdm(total=self._settings.epochs, initial=done, unit="epoch", disable=not shown) as bar:
+            while not loop.is_over():
+                record = loop.epoch()
+                recorder.after_epoch(record)
+                bar.set_postfix(record.row())
+                bar.update()
+        return History(tuple(recorder.records))
 
-    def _epoch(self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, epoch: int) -> EpochRecord:
-        lr = learning_rate(self._schedule, self._lr, epoch, self._epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, train_top1 = self._train(accelerator, optimizer, epoch)
-        val_top1 = None if self._val_data is None else self._validate(accelerator, self._val_data, epoch)
-        return EpochRecord(epoch, lr, loss, train_top1, val_top1)
-
-    def _train(
-        self, accelerator: Accelerator, optimizer: AcceleratedOptimizer, epoch: int
-    ) -> tuple[float, float | None]:
-        """One pass over the training data; returns mean loss and top-1."""
-        total, correct, labelled, count = 0.0, 0, 0, 0
-        optimizer.zero_grad()  # of whatever the caller computed before
-        for step, inputs, targets in self._batches(self._train_data, "train_data", epoch, accelerator):
-            if (epoch, step) == (1, 1) and self._teacher is not None:
-                self._try_teacher(accelerator, inputs)
-            logits, loss = self._loss(accelerator, inputs, targets)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(  # before the step: the weights are still those of the last finite loss
-                    f"the loss became {value} in step {step} of epoch {epoch}; try an lr below "
-                    f"{optimizer.param_groups[0]['lr']:g}, another mixed_precision than 'fp16', and look for NaN in "
-                    "the inputs and in the model"
-                )
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()  # after the step: a trained model should not carry its gradients about
-            total += value * len(logits)
-            count += len(logits)
-            if targets is not None:
-                correct += _hits(logits, targets)
-                labelled += len(targets)
-        return total / count, correct / labelled if labelled else None
-
-    def _try_teacher(self, accelerator: Accelerator, inputs: Any) -> None:
-        """Refuse a teacher with other outputs before training has moved anything, statistics of norms included."""
-        with _preserved_modes(self.model), torch.no_grad():
-            self.model.eval()
-            self._loss(accelerator, inputs, None)
-
-    def _validate(self, accelerator: Accelerator, data: Data, epoch: int) -> float:
-        """Top-1 in eval mode."""
-        correct, count = 0, 0
-        # Loaders draw random numbers: training must not depend on whether there is validation. And no_grad rather than
-        # inference_mode: a tensor that a layer keeps from here must still serve in training.
-        with preserved_random_state(), _preserved_modes(self.model), torch.no_grad():
-            self.model.eval()
-            for _, inputs, targets in self._batches(data, "val_data", epoch, accelerator):
-                correct += _hits(self._logits(accelerator, inputs, targets), targets)
-                count += len(targets)
-        return correct / count
-
-    def _batches(self, data: Data, name: str, epoch: int, accelerator: Accelerator) -> Iterator[tuple[int, Any, Any]]:
-        """Number, check and move the batches of one epoch; where labels are not needed, targets may be None."""
-        from accelerate.utils import send_to_device
-
-        step = 0
-        with tqdm(data, desc=name, unit="batch", leave=False, disable=not self._progress) as bar:
-            for step, batch in enumerate(bar, 1):
-                if self._teacher is not None and name == "train_data" and _is_unlabelled(batch):
-                    inputs = batch if isinstance(batch, Tensor) else batch[0]
-                    yield step, send_to_device(inputs, accelerator.device), None
-                    continue
-                if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-                    kind = type(batch).__name__
-                    given = f"{kind} of {len(batch)}" if isinstance(batch, tuple | list) else kind
-                    raise InputError(
-                        f"{name} must give batches (inputs, targets), targets being a tensor of class indices [N]; "
-                        f"batch {step} of epoch {epoch} is a {given}: change the dataset or its collate_fn"
-                    )
-                inputs, targets = send_to_device(batch, accelerator.device)
-                yield step, inputs, targets
-        if step == 0:
-            raise InputError(
-                f"{name} gave no batches in epoch {epoch}: it is iterated once per epoch and must give the batches of "
-                "(inputs, targets) anew each time; pass a DataLoader or a list (is the dataset empty, or drop_last on?)"
-            )
-
-    def _logits(self, accelerator: Accelerator, inputs: Any, targets: Tensor | None) -> Tensor:
-        with accelerator.autocast():
-            logits = self.model(inputs)
-        fits = isinstance(logits, Tensor) and logits.dim() == 2
-        if not fits or (targets is not None and targets.shape != logits.shape[:1]):
-            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            labels = "inputs alone" if targets is None else list(targets.shape)
-            raise InputError(
-                f"the model must give logits [N, classes] for targets [N], but gave {given} for {labels}; "
-                "targets are class indices, and a model with several outputs needs a wrapper that returns one"
-            )
-        # Half precision is too coarse for a loss.
-        return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-    def _loss(self, accelerator: Accelerator, inputs: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits, and how far they are from the labels or from the teacher."""
-        if self._teacher is not None:
-            return self._teacher.lesson(self.model, (inputs,), lambda: self._logits(accelerator, inputs, targets))
-        logits = self._logits(accelerator, inputs, targets)
-        return logits, F.cross_entropy(logits, cast(Tensor, targets), label_smoothing=self._label_smoothing)
+    def _source(self, data: Data, name: str, accelerator: Accelerator, stack: ExitStack) -> Source:
+        source = Source(data, name, self._task, accelerator, seed=self._settings.seed, shown=self._progress)
+        stack.callback(source.close)
+        return source
 
 
-@contextmanager
-def _preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back in its mode on leaving, whatever happened inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _make_task(settings: Settings, teacher: nn.Module | None) -> Task:
+    if settings.task not in TASKS:
+        raise InputError(f"unknown task {settings.task!r}; choose {' or '.join(map(repr, TASKS))}")
+    if teacher is not None and (settings.label_smoothing or settings.loss is not None):
+        name = "loss" if settings.loss is not None else "label_smoothing"
+        raise InputError(f"{name} is of labels, and a teacher's outputs take their place: leave one out")
+    return Classification(settings.loss, settings.label_smoothing, None if teacher is None else Teacher(teacher))
 
 
-def _is_unlabelled(batch: Any) -> bool:
-    """Whether a batch is inputs alone: a tensor, or a tuple or list of one."""
-    return isinstance(batch, Tensor) or (isinstance(batch, tuple | list) and len(batch) == 1)
-
-
-def _hits(logits: Tensor, targets: Tensor) -> int:
-    return int((logits.argmax(dim=1) == targets).sum())
-
-
-def _checked_data(data: Data, name: str) -> Data:
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"{name} must be an iterable of batches (inputs, targets), such as a DataLoader, not {type(data).__name__}"
-        )
-    if isinstance(data, Iterator):
+def _check_together(
+    settings: Settings, folder: RunFolder | None, resume: bool, train_data: Data, val_data: Data | None
+) -> None:
+    """Refuse options that need another one, or that contradict each other."""
+    if folder is None:
+        for name, given in asdict(settings).items():
+            if name in ("checkpoint_steps", "tracker") and given is not None:
+                raise InputError(f"{name} writes files: give folder too")
+        if resume:
+            raise InputError("resume goes on from a checkpoint: give its folder too")
+    elif getattr(train_data, "persistent_workers", False):
         raise InputError(
-            f"{name} is a {type(data).__name__}, which runs dry after one epoch; pass a DataLoader or a list of batches"
+            "the workers of train_data outlive an epoch (persistent_workers=True), with random states that no "
+            "checkpoint holds: leave that out, or folder"
         )
-    return data
-
-
-def _checked_precision(precision: Precision | None) -> Precision | None:
-    if precision is not None and precision not in get_args(Precision):
-        choices = " or ".join(map(repr, (*get_args(Precision), None)))
-        raise InputError(f"mixed_precision must be {choices}, not {precision!r}")
-    return precision
-
-
-def _number(value: float, name: str, kind: type[Integral | Real], least: float, below: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {'an integer' if kind is Integral else 'a number'}, not {value!r}")
-    if not least <= value < below:  # false for NaN too
-        raise InputError(f"{name} must be at least {least} and below {below}, not {value}")
-    return value
+    if settings.patience is not None and val_data is None:
+        raise InputError("patience waits for better results on val_data: give that too")

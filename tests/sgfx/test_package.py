@@ -96,7 +96,12 @@ def test_the_api_is_word_for_word(function):
         (sgfx.freeze, "(model, example_inputs, *, strategy=None, decisions=None, progress=True)"),
         (sgfx.calibrate, "(dense, small, data, *, progress=True)"),
         (sgfx.distill, "(dense, small, data, *, steps=400, lr=0.001, progress=True)"),
-        (sgfx.Trainer, "(model, train_data, val_data=None, *, epochs, lr, teacher=None, "),
+        (
+            sgfx.Trainer,
+            "(model, train_data, val_data=None, *, epochs, lr, teacher=None, task='classification', "
+            "schedule='constant', folder=None, resume=False, ema=None, progress=True, ",
+        ),
+        (sgfx.recipe, "(name)"),
         (models_zoo.list, "()"),
         (models_zoo.create, "(name, **options)"),
         (models_zoo.load_checkpoint, "(model, path)"),

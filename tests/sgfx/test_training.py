@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sgfx.training.schedules import checked_schedule, learning_rate
+from sgfx.training.schedules import checked_schedule, scheduler
 from sgfx.training.trainer import Trainer
 
 
@@ -155,10 +155,26 @@ def test_the_schedules_lr_is_the_one_that_is_used():
     torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=1e-14)
 
 
+def rates(schedule: Any, epochs: int, warmup: int = 0, lr: float = 0.1) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    made = scheduler(optimizer, checked_schedule(schedule, epochs, warmup), epochs, warmup)
+    used = []
+    for _ in range(epochs):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    return used
+
+
 def test_the_papers_schedule():
-    schedule = checked_schedule((100, 150))
-    rates = [learning_rate(schedule, 0.1, epoch, 200) for epoch in range(1, 201)]
-    assert rates == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50)
+    assert rates((100, 150), 200) == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50)
+
+
+def test_warm_up_goes_up_in_equal_steps_and_milestones_stay_where_they_were():
+    assert rates((5, 7), 9, warmup=3) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert rates("constant", 4, warmup=1) == pytest.approx([0.05, 0.1, 0.1, 0.1])
+    falling = [0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert rates("cosine", 6, warmup=2) == pytest.approx([0.1 / 3, 0.2 / 3, *falling])
 
 
 # Randomness

@@ -41,6 +41,27 @@ from tests.sgfx.test_training import batches, network, same_weights, toy, traine
         ({"schedule": (0, 30)}, InputError, "integers from 1"),
         ({"schedule": (0.5,)}, InputError, "must be integers"),
         ({"mixed_precision": "fp8"}, InputError, "mixed_precision must be 'bf16' or 'fp16' or None, not 'fp8'"),
+        ({"task": "detction"}, InputError, "unknown task 'detction'; choose 'classification'"),
+        ({"ema": 1.0}, InputError, "ema must be at least 0 and below 1"),
+        ({"ema": 0}, InputError, "ema must be above 0; None is without"),
+        ({"clip_norm": 0.0}, InputError, "clip_norm must be above 0"),
+        ({"accumulate": 0}, InputError, "accumulate must be at least 1"),
+        ({"iterations": 2.5}, TypeError, "iterations must be an integer"),
+        ({"warmup": 1}, InputError, r"warmup \(1 epochs\) must be shorter than training \(1 epochs\)"),
+        (
+            {"epochs": 9, "warmup": 4, "schedule": (3,)},
+            InputError,
+            "after epoch 3, within the 4 epochs of warm-up",
+        ),
+        ({"optimizer": "adam"}, TypeError, "optimizer must be callable, not 'adam'"),
+        ({"loss": 3}, TypeError, "loss must be callable"),
+        ({"loss": max, "label_smoothing": 0.1}, InputError, "label_smoothing is of the loss that loss= takes"),
+        ({"loss": max, "teacher": nn.Identity()}, InputError, "loss is of labels, and a teacher's"),
+        ({"patience": 2}, InputError, "patience waits for better results on val_data"),
+        ({"resume": True}, InputError, "resume goes on from a checkpoint: give its folder"),
+        ({"checkpoint_steps": 5}, InputError, "checkpoint_steps writes files: give folder"),
+        ({"tracker": "tensorboard"}, InputError, "tracker writes files: give folder"),
+        ({"tracker": "wandb", "folder": "x"}, InputError, "tracker must be 'tensorboard' or None, not 'wandb'"),
         ({"model": "resnet20"}, TypeError, "model must be a torch.nn.Module, not str"),
         ({"data": toy()}, TypeError, "train_data must be an iterable of batches .* not TensorDataset"),
         ({"data": iter([])}, InputError, "train_data is a list_iterator, which runs dry"),
@@ -108,7 +129,16 @@ class Twofold(nn.Module):
     [
         (Twofold(), None, r"gave tuple for \[16\].*wrapper"),
         (nn.Sequential(nn.Linear(2, 3), nn.Unflatten(1, (3, 1))), None, r"gave \[16, 3, 1\] for \[16\]"),
-        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.eye(4)[:, :3])], r"gave \[4, 3\] for \[4, 3\].*class indices"),
+        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.zeros(4, 2))], r"gave \[4, 3\] for \[4, 2\].*class indices"),
+        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.eye(4)[:, :3])], "targets .* must be probabilities"),
+        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.ones(4, 3).long())], "probabilities.* those of torch.int64"),
+        (
+            nn.Linear(2, 3),
+            [(torch.zeros(4, 2), torch.arange(4))],
+            r"targets go from 0 to 3, but .* 3 classes \(0 to 2\)",
+        ),
+        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.arange(4) - 1)], "targets go from -1 to 2, but"),
+        (nn.Linear(2, 3), [(torch.zeros(4, 2), torch.zeros(4))], "must be class indices, int64, not torch.float32"),
     ],
 )
 def test_logits_and_targets_of_another_form(model, data, message):
@@ -132,32 +162,38 @@ def test_fp16_without_a_gpu():
         trainer(mixed_precision="fp16").fit()
 
 
-def test_several_processes(monkeypatch):
+def test_more_processes_than_were_said(monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
-    with pytest.raises(InputError, match="runs in one process, not 2"):
+    with pytest.raises(InputError, match=r"one of 1 processes \(says this process\), and accelerate sees 2"):
         trainer().fit()
 
 
-@pytest.mark.parametrize("cpu", ["0", "1"])
-@pytest.mark.parametrize("variable", PROCESSES)
-def test_several_processes_by_a_launcher(variable, cpu, monkeypatch):
-    """As in one of torchrun's: accelerate would say that it is the only one, or wait for the other."""
+@pytest.mark.parametrize("variable", ["MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_that_accelerate_does_not_join(variable, monkeypatch):
     model = network()
     before = copy.deepcopy(model)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", variable: "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(accelerate.Accelerator, "__init__", lambda *_, **__: pytest.fail("accelerate was asked"))
-    with pytest.raises(InputError, match=rf"one process, not 2 \(says {variable}\): each would train a model of its"):
+    monkeypatch.setenv(variable, "2")
+    message = rf"one of 2 processes \(says {variable}\), and accelerate sees 1: each would train a model of its own"
+    with pytest.raises(InputError, match=message):
         trainer(model).fit()
     assert same_weights(model, before)
+
+
+def test_several_processes_that_cannot_be_joined(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("MASTER_ADDR expected, but not set")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", refuse)
+    with pytest.raises(InputError, match=r"one of 2 processes \(says WORLD_SIZE\).*MASTER_ADDR expected.*torchrun"):
+        trainer().fit()
 
 
 def test_several_processes_of_ones_own(monkeypatch):
     made = trainer()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    with pytest.raises(InputError, match=r"one process, not 3 \(says torch.distributed\)"):
+    with pytest.raises(InputError, match=r"one of 3 processes \(says torch.distributed\)"):
         made.fit()
 
 

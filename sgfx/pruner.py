@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.compression.masking import mask, masked_layer, unmask
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.compilation import Unit
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan, network_ratios
@@ -189,6 +189,7 @@ class Pruner(Generic[M]):
         try:
             self._restore(copy_model(self.model), plans, state["model"])
         except Exception as error:  # values can be anything, and modules may refuse what they are given
+            let_memory_errors_pass(error)
             raise InputError(f"the state's model can't be loaded, and nothing was changed: {error}") from error
         self._restore(self.model, plans, state["model"])
         self._unit.plans = plans

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.channel_cut import channel_dim, cut_of, cuts
 from passes.layers.masked import Masked
@@ -216,6 +216,7 @@ def _run(model: nn.Module, paths: list[str], inputs: tuple[object, ...], trainin
             np.random.seed(0)
             given = call(model, copy_inputs(inputs))
     except Exception as error:
+        let_memory_errors_pass(error)
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         if training:
             raise InputError(
@@ -257,6 +258,7 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
         with own_random_state():
             loss.backward()  # type: ignore[no-untyped-call]  # checkpoints that are reentrant allow nothing else
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(
             f"{type(model).__name__} can't be trained, so its gradients can't be compared: {error}. Mend its forward, "
             "or verify it with requires_grad_(False)"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.calibration.data import Arguments
+from passes.errors import let_memory_errors_pass
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.options.arguments import call
 
@@ -69,7 +70,8 @@ def seen_by_norms(model: nn.Module, batches: Iterable[Arguments]) -> list[SeenNo
         for given in batches if norms else ():
             try:
                 call(quiet, copy_inputs(given))
-            except Exception:
+            except Exception as error:
+                let_memory_errors_pass(error)
                 return []
     return [_compared(path, norms[path], moments) for path, moments in seen.items() if moments.count >= LEAST]
 

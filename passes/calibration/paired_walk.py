@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from passes.calibration.data import Arguments, shapes_of, single_image
 from passes.calibration.value_choices import WatchForChoices
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs
 from passes.models.values import tensors_in
@@ -180,6 +180,7 @@ class Held:
         try:
             return replay.run_node(twin)
         except Exception as error:
+            let_memory_errors_pass(error)
             where = f"at layer {self._walk.name(node)!r}" if node.op == "call_module" else f"at {node.name!r}"
             raise InputError(
                 f"data of shape {self._shapes} does not fit the model {where}: {error}{self._hint}"

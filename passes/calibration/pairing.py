@@ -21,7 +21,7 @@ from passes.calibration.data import Arguments, shapes_of, single_image
 from passes.calibration.paired_walk import Pair
 from passes.calibration.splitting import split
 from passes.calibration.value_choices import WatchForChoices
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.facts import Region
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import leaves, tensors_in
@@ -139,6 +139,7 @@ def _call(model: nn.Module, batch: Arguments) -> None:
         with torch.no_grad():
             call(model, copy_inputs(batch))
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(
             f"data of shape {shapes_of(batch)} do not fit {type(model).__name__}: {error}{single_image(batch)}"
         ) from error

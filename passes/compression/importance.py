@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.compilation import Pass, Unit
 from passes.layers.masked import effective_weight
 from passes.options.settings import NORMS, Criterion
@@ -40,6 +40,7 @@ def importance(weight: Tensor, criterion: Criterion = "l1") -> Tensor:
         try:
             vectors = criterion(weight.clone())  # it may compute in place
         except Exception as error:
+            let_memory_errors_pass(error)
             raise InputError(f"the criterion failed on a weight {list(weight.shape)}: {error}") from error
         return _checked(vectors, weight)
     precise = weight if weight.dtype == torch.float64 else weight.float()

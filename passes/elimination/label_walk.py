@@ -25,6 +25,7 @@ from passes.elimination.operations import (
     dims_along,
     name_of,
 )
+from passes.errors import let_memory_errors_pass
 from passes.infra.facts import Region
 from passes.layers.as_torch_made_it import change_of, is_as_torch_made_it
 from passes.layers.channel_cut import channel_dim, is_cuttable, is_depthwise
@@ -66,6 +67,7 @@ class _Walk:
                 labels = self._visit(node)
                 self._check(node, labels)
             except Exception as error:  # an unusual call of a known operation: as if it were unknown
+                let_memory_errors_pass(error)
                 labels = self._give_up(node, str(error) if isinstance(error, rules.NotUnderstoodError) else "")
             for path in node.meta.get("given_by", ()):
                 self._check_given(path, labels)

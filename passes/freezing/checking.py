@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.calibration.data import shapes_of
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.freezing.assemble import filled
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
@@ -51,6 +51,7 @@ def check(frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecisio
         except InputError:
             raise
         except Exception as error:
+            let_memory_errors_pass(error)
             if given is not inputs:  # random values may be none that the model takes
                 continue
             raise InputError(
@@ -94,6 +95,7 @@ def _outputs_or_error(frozen: nn.Module, inputs: Inputs) -> Outputs | str:
     try:
         return _outputs(frozen, inputs)
     except Exception as error:
+        let_memory_errors_pass(error)
         return f"it can't be run ({error})"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.calibration.data import shapes_of
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import seed_all
 from passes.models.copying import copy_inputs, twins_of, unhooked_copy
 from passes.models.rebinding import held_by, rebound
@@ -52,6 +52,7 @@ def check_hooks(model: nn.Module, inputs: tuple[object, ...]) -> None:
         with torch.no_grad():
             call(twin, copy_inputs(inputs))
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(f"example_inputs of shape {shapes_of(inputs)} do not fit the model: {error}") from error
     if changing:
         raise InputError(
@@ -94,6 +95,7 @@ def _isolated(hook: Any, twins: dict[int, Any], where: str) -> Any:
             if id(each) not in copies:
                 copies[id(each)] = copy.deepcopy(each, dict(copies))
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(
             f"a frozen form has no hooks, and it can't be told whether {where} changes something, since what it holds "
             f"can't be copied ({error}): remove it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from passes.errors import InputError, PassError
+from passes.errors import InputError, PassError, let_memory_errors_pass
 from passes.infra.compilation import Pass, Unit
 
 
@@ -30,6 +30,7 @@ def run_passes(passes: Sequence[Pass], unit: Unit) -> bool:
         except InputError:
             raise
         except Exception as error:
+            let_memory_errors_pass(error)
             raise PassError(f"pass {each.name!r} failed ({_ran(before)}): {error}") from error
         _require(each, each.ensures, unit, "did not leave", before)
         if problem is not None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.plain_weights import removal_of
 from passes.layers.surgery import carry_hooks, hook_dicts
 from passes.models.rebinding import globals_of, rebound
@@ -68,6 +68,7 @@ def _deepcopy(model: M, memo: dict[int, Any]) -> M:
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(_culprit(model, memo) or f"{type(model).__name__} can't be copied: {error}") from error
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         if not theirs.is_leaf:  # of TorchScript, which copies with a gradient history
@@ -110,6 +111,7 @@ def _culprit(model: nn.Module, memo: dict[int, Any]) -> str | None:
             try:
                 copy.deepcopy(value, {**memo, **inside})
             except Exception as error:
+                let_memory_errors_pass(error)
                 where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
                 if (removal := removal_of(module)) is not None:
                     return f"{where} computes its {key} by a hook, which can't be copied: remove it with {removal}"

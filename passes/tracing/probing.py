@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from passes.errors import let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.custom import LayerCall, layer_call, operation_on
 from passes.models.copying import unhooked_copy
@@ -37,6 +38,7 @@ def misuse(layer: nn.Module, calls: Iterable[Arguments]) -> str | None:
             try:
                 uses = _run(layer, arguments, training)
             except Exception as error:
+                let_memory_errors_pass(error)
                 why = str(error).partition("\n")[0] or type(error).__name__
                 return f"its code can't be traced, nor run on {_shapes(arguments[0])}: {why}"
             if uses.other is not None:
@@ -55,7 +57,8 @@ def call_of(layer: nn.Module) -> LayerCall | None:
     """
     try:
         uses = _run(layer, ((_guess(layer),), {}), training=False)
-    except Exception:
+    except Exception as error:
+        let_memory_errors_pass(error)
         return None
     call = uses.calls[0] if len(uses.calls) == 1 and uses.other is None else None
     if call is None or not (call.bias is None or call.bias is uses.bias):

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_list
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.channel_cut import channel_counts
@@ -183,6 +183,7 @@ class _ShapePropagation(Interpreter):
         try:
             value = super().run_node(n)
         except Exception as error:
+            let_memory_errors_pass(error)
             where = f"at layer {n.target!r}" if n.op == "call_module" else f"at {n.name!r}"
             given = ", ".join(map(str, self._shapes))
             raise InputError(f"example_inputs of shape {given} do not fit the model {where}: {error}") from error

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.facts import Region
 from passes.infra.random_state import own_random_state
 from passes.layers.as_torch_made_it import change_of
@@ -169,6 +169,7 @@ class Tracing:
                 warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
                 graph = tracer.trace(root, concrete_args=fixed(root, given) if kept is None else dict(kept))
         except Exception as error:
+            let_memory_errors_pass(error)
             if tracer.refused is not None:  # so are its likes, very likely
                 kind = type(tracer.opening[tracer.refused])
                 alike = (each for each, layer in tracer.opening.items() if type(layer) is kind)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Form
 from passes.layers.plain import make_exportable
@@ -172,6 +172,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     try:
         outputs = model(*mapped(inputs, Tensor.clone))
     except Exception as error:
+        let_memory_errors_pass(error)
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
         raise InputError(f"example_inputs of shape {shapes} do not fit the model in eval mode: {error}") from error
     return tensors_in(outputs)
@@ -183,6 +184,7 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedP
             shapes = without_names(dynamic_shapes)
             program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
+        let_memory_errors_pass(error)
         fixed = ", or change dynamic_shapes" if dynamic_shapes is not None else ""
         raise InputError(
             f"torch.export can't export {type(model).__name__}: {reason_of(error)}\n"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.models.values import tensors_in
 
 Run: TypeAlias = Callable[[tuple[Any, ...]], list[Tensor]]
@@ -82,6 +82,7 @@ def write_onnx(program: ExportedProgram, file: Path, options: OnnxOptions) -> Ru
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(f"ONNX Runtime can't run what torch.onnx made of the model: {reason_of(error)}") from error
     names = [each.name for each in session.get_inputs()]
 
@@ -109,6 +110,7 @@ def _converted(program: ExportedProgram, options: OnnxOptions) -> Any:
                 dynamic_shapes=options.dynamic_shapes,
             )
     except Exception as error:
+        let_memory_errors_pass(error)
         raise InputError(f"torch.onnx can't convert the model: {reason_of(_first_cause(error))}") from error
     graph, opset = made.model.graph, made.model.opset_imports.get("")
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in graph.all_nodes() if node.domain})

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from models_zoo.checkpoint import read_state_dict, renamed
 from passes.compression.lowering import lower
-from passes.errors import InputError, PassError
+from passes.errors import InputError, PassError, let_memory_errors_pass
 from passes.layers.channel_cut import Cut, cuts
 from passes.layers.encoding import as_tensor, decode_whole, encode
 from passes.layers.grouped import Grouped, former_structure
@@ -88,6 +88,7 @@ def _regrouped(model: M, state: Mapping[str, Tensor]) -> M:
     try:
         small.load_state_dict(state)
     except Exception as error:  # values can be anything
+        let_memory_errors_pass(error)
         raise InputError(f"its values can't be loaded: {error}") from error
     return small
 

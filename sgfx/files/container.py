@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.models.record import Record, describe, named_tensors
 
 FORMAT = 2  # grows when a file means something that earlier versions of sgfx would read wrongly
@@ -53,9 +53,8 @@ def unpacked(file: Path, content: bytes) -> tuple[Record | None, dict[str, Tenso
     try:
         tensors = tensors_in(content)  # checks the header too
         metadata = json.loads(_header(content)).get("__metadata__", {})
-    except MemoryError:
-        raise
     except Exception as error:  # arbitrary bytes make the reader raise nearly anything
+        let_memory_errors_pass(error)
         raise InputError(
             f"{file} is truncated, damaged or no safetensors file ({error}); copy it again, or save it anew"
         ) from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.freezing.candidates import chosen_layers, chosen_macs
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Grouped
@@ -42,7 +42,8 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
             return _counted_from_plans(twin, layers, inputs)
         try:
             return _counted_by_fvcore(twin, inputs)
-        except Exception:
+        except Exception as error:
+            let_memory_errors_pass(error)
             return _counted_by_torch(twin, inputs)
 
 
@@ -91,6 +92,7 @@ def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[s
         with FlopCounterMode(display=False, custom_mapping=torch_formulas()) as counter:
             call(model, inputs)
     except Exception as error:
+        let_memory_errors_pass(error)
         shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
         raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error
     root = type(model).__name__

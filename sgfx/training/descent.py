@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.calibration.data import Arguments, shapes_of, single_image
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.options.arguments import call
 from sgfx.training.drawing import Examples
 from sgfx.training.teacher import Teacher
@@ -125,5 +125,6 @@ def _run(model: nn.Module, inputs: Arguments) -> Any:
     try:
         return call(model, inputs)
     except Exception as error:
+        let_memory_errors_pass(error)
         hint = single_image(inputs)
         raise InputError(f"data of shape {shapes_of(inputs)} do not fit the model: {error}{hint}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.calibration.data import shapes_of, single_image
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import mapped, tensors_in
@@ -84,6 +84,7 @@ class Teacher:
             with torch.no_grad():
                 return call(self._model, in_single_precision(copy_inputs(inputs)))
         except Exception as error:
+            let_memory_errors_pass(error)
             hint = single_image(inputs)
             raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}{hint}") from error
 

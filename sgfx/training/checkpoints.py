@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.structured import Structured
 from passes.models.copying import unhooked_copy
 
@@ -77,6 +77,7 @@ def _check_model(state: Mapping[str, Any], file: Path, model: nn.Module) -> None
     try:
         unhooked_copy(model).load_state_dict(dict(state))
     except Exception as error:  # modules may refuse their extra state
+        let_memory_errors_pass(error)
         raise InputError(f"{file} does not fit {type(model).__name__}: {error}") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from passes.errors import InputError
+from passes.errors import InputError, let_memory_errors_pass
 from sgfx.files.writing import replacing
 
 FORMAT = 1  # grows when a checkpoint means something that earlier versions would read wrongly
@@ -98,6 +98,7 @@ def write_plain(path: Path, kind: str, content: Mapping[str, Any], *, tried: boo
         try:
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True, map_location="cpu")
         except Exception as error:  # whatever its reader stumbles over
+            let_memory_errors_pass(error)
             needed = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise InputError(
                 f"{path} would hold more than tensors and plain data ({needed[1] if needed else error}): the state of "
@@ -118,6 +119,7 @@ def read_plain(path: Path, kind: str) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # arbitrary bytes make the reader raise nearly anything
+        let_memory_errors_pass(error)
         raise InputError(
             f"{path} is damaged, or no {kind} ({type(error).__name__}); take it away to begin anew, or bring back a "
             "copy"

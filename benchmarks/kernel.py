@@ -26,7 +26,8 @@ from torch import Tensor, nn
 import models_zoo
 import sgfx
 from benchmarks.machine import describe_machine
-from passes.kernel import Margins, Placement, pack_layer
+from passes.freezing.packing import pack_layer
+from passes.kernel import Margins, Placement
 from passes.layers.grouped import GroupedConv2d
 
 BESIDE, AROUND = Margins(0, 0, 1), Margins(2, 1, 1)  # AROUND is what ResNet's 3×3 layers read in place

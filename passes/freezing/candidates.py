@@ -230,7 +230,8 @@ def _kernels(
     way: str, recipe: Recipe, layer: nn.Module, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """A layer with what the recipe has fused into it, packed for the kernel, with each tiling that is worth timing."""
-    from passes.kernel import PackedConv2d, Tiling, pack_layer, tilings
+    from passes.freezing.packing import pack_layer
+    from passes.kernel import PackedConv2d, Tiling, tilings
     from passes.kernel.layout.packing import Tables
 
     scale, shift = (None if x is None else x.float() for x in (recipe.scale, recipe.shift))

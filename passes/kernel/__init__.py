@@ -7,7 +7,7 @@ copied, and the permutations of eq. 17 are address arithmetic. The parts, in the
 | part | what it does |
 |---|---|
 | `layout.geometry` | kernel, stride, padding, dilation; the margins around a picture |
-| `layout.packing` | from a layer to tables: pure tensor functions |
+| `layout.packing` | from blocks of weights to tables: pure tensor functions |
 | `layout.schedule` | for one input size: what is copied, which pixels, how the work is cut: pure integers |
 | `codegen.target`, `activations`, `micro_kernel` | micro-kernels as LLVM IR for this machine's vectors |
 | `codegen.object_code`, `cache` | the same compiled, and kept on disk |
@@ -16,19 +16,21 @@ copied, and the permutations of eq. 17 are address arithmetic. The parts, in the
 | `program`, `layout.memory` | layers that run in one call, and memory for it |
 | `ops`, `packed_layer`, `packed_chain` | an operation of torch; the layer that calls it; layers one after the other |
 
-`supported` says whether this machine can run it. `pack_layer` and `pack_conv2d` compile what is needed, so that no
-request has to wait for it. numba and llvmlite are imported when that happens.
+`supported` says whether this machine can run it. `pack_blocks` compiles what is needed, so that no request has to wait
+for it; it is given plain data, and nothing here knows the compiler. numba and llvmlite are imported when that happens.
 """
 
 from passes.kernel.codegen.target import Target, host, supported
-from passes.kernel.form import Form, Placement, prepare
+from passes.kernel.form import NO_PLACEMENT, Form, Placement, prepare
 from passes.kernel.layout.geometry import NO_MARGINS, Geometry, Margins
-from passes.kernel.layout.packing import Block, layer_blocks
-from passes.kernel.layout.schedule import Tiling
-from passes.kernel.packed_layer import PackedConv2d, PackedLinear, layer_geometry, pack_conv2d, pack_layer, tilings
+from passes.kernel.layout.packing import Block
+from passes.kernel.layout.schedule import DEFAULT_TILING, Tiling
+from passes.kernel.packed_layer import PackedConv2d, PackedLinear, pack_blocks, tilings
 
 __all__ = [
+    "DEFAULT_TILING",
     "NO_MARGINS",
+    "NO_PLACEMENT",
     "Block",
     "Form",
     "Geometry",
@@ -39,10 +41,7 @@ __all__ = [
     "Target",
     "Tiling",
     "host",
-    "layer_blocks",
-    "layer_geometry",
-    "pack_conv2d",
-    "pack_layer",
+    "pack_blocks",
     "prepare",
     "supported",
     "tilings",

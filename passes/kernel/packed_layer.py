@@ -15,7 +15,7 @@ from passes.kernel import ops
 from passes.kernel.codegen.activations import activation as known_activation
 from passes.kernel.form import NO_PLACEMENT, Form, Placement, plan, prepare
 from passes.kernel.layout.geometry import Geometry
-from passes.kernel.layout.packing import Block, Tables, layer_blocks, pack
+from passes.kernel.layout.packing import Block, Tables, pack
 from passes.kernel.layout.schedule import DEFAULT_TILING, Tiling
 from passes.kernel.program import Packed, Program, Wires, program, share_out
 from passes.kernel.runtime import threads
@@ -77,7 +77,7 @@ class PackedConv2d(nn.Module):
     blocks: Tensor
 
     def __init__(self, tables: Tables, form: Form) -> None:
-        """Hold the tables as buffers; see `pack_conv2d` and `pack_layer`."""
+        """Hold the tables as buffers; see `pack_blocks`."""
         super().__init__()
         for name, tensor in tables._asdict().items():
             self.register_buffer(name, tensor)
@@ -128,11 +128,13 @@ class PackedLinear(PackedConv2d):
         return super().forward(pictures, more).reshape(*x.shape[:-1], geometry.out_channels)
 
 
-def pack_conv2d(
+def pack_blocks(
     blocks: Sequence[Block],
     geometry: Geometry,
     bias: Tensor | None = None,
     *,
+    linear: bool = False,
+    ends: Tensor | None = None,
     activation: str | None = None,
     placement: Placement = NO_PLACEMENT,
     tiling: Tiling = DEFAULT_TILING,
@@ -143,81 +145,18 @@ def pack_conv2d(
         blocks: the filters, with what they read; filters in none of them yield their bias alone.
         geometry: kernel, stride, padding, dilation, channels.
         bias: fp32 ``[out_channels]``, or None.
-        activation: name of the activation, or None.
-        placement: the margins of x, residual and result.
-        tiling: how the work is cut.
-    """
-    return PackedConv2d(*_packed(blocks, bias, Form(geometry, activation, placement, tiling)))
-
-
-def pack_layer(
-    layer: nn.Module,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    ends: Tensor | None = None,
-    activation: str | None = None,
-    placement: Placement = NO_PLACEMENT,
-    tiling: Tiling = DEFAULT_TILING,
-) -> PackedConv2d:
-    """Pack a dense, depthwise or regrouped ``Conv2d`` or ``Linear``, with a batch norm folded in.
-
-    Args:
-        layer: the layer; the result shares nothing with it.
-        scale: ``[out_channels]``, what each filter is multiplied by, or None.
-        shift: ``[out_channels]``, what is added to each filter after that, or None.
+        linear: make a `PackedLinear`, of filters with one tap, else a `PackedConv2d`.
         ends: ``[in_channels, 2]``, the least and the largest number that each input counts as, or None. Not for layers
             with padding.
         activation: name of the activation, or None.
         placement: the margins of x, residual and result.
         tiling: how the work is cut.
-
-    Returns:
-        A `PackedLinear` for linear layers, else a `PackedConv2d`.
     """
-    blocks, geometry = layer_blocks(layer), layer_geometry(layer)
-    bias: Any = layer.bias
-    if scale is not None:
-        blocks = [Block(b.filters, b.inputs, b.weight * scale.detach()[b.filters][:, None, None, None]) for b in blocks]
-        bias = None if bias is None else bias.detach() * scale.detach()
-    if shift is not None:
-        bias = shift.detach() if bias is None else bias.detach() + shift.detach()
-    kind = PackedConv2d if isinstance(getattr(layer, "kernel_size", None), tuple) else PackedLinear
-    return kind(*_packed(blocks, bias, Form(geometry, activation, placement, tiling), ends))
-
-
-def layer_geometry(layer: Any) -> Geometry:
-    """Geometry of a dense or regrouped ``Conv2d`` or ``Linear``."""
-    if not hasattr(layer, "kernel_size"):
-        return Geometry(layer.out_features, layer.in_features)
-    if layer.padding_mode != "zeros":
-        raise InputError(f"the kernel pads with zeros, not with padding_mode={layer.padding_mode!r}")
-    left, right, top, bottom = _pad(layer)
-    return Geometry(
-        layer.out_channels,
-        layer.in_channels,
-        layer.kernel_size,
-        layer.stride,
-        (top, bottom, left, right),
-        layer.dilation,
-    )
-
-
-def _pad(layer: Any) -> tuple[int, int, int, int]:
-    """Padding at the left, right, top and bottom; ``"same"`` puts the odd pixel at the end."""
-    if isinstance(layer.padding, str):
-        reach = [(size - 1) * far for size, far in zip(layer.kernel_size, layer.dilation, strict=True)]
-        reach = [0, 0] if layer.padding == "valid" else reach
-        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
-    return layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]
-
-
-def _packed(
-    blocks: Sequence[Block], bias: Tensor | None, form: Form, ends: Tensor | None = None
-) -> tuple[Tables, Form]:
-    known_activation(form.activation)
+    known_activation(activation)
+    form = Form(geometry, activation, placement, tiling)
     target = prepare(form.target)
-    return pack(blocks, bias, form.geometry, target.most_filters, ends), form
+    tables = pack(blocks, bias, geometry, target.most_filters, ends)
+    return (PackedLinear if linear else PackedConv2d)(tables, form)
 
 
 def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:

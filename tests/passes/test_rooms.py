@@ -1,6 +1,7 @@
 """The rooms of the compiler stand in one order, and a module imports from its own room and earlier ones alone."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import passes
 ROOT = Path(passes.__file__).parent
 # As data flows. The kernel stands early: it knows nothing of the compiler.
 ORDER = (
-    "errors", "layers", "kernel", "options", "infra", "models", "tracing", "compression", "elimination", "pipeline",
+    "errors", "kernel", "layers", "options", "infra", "models", "tracing", "compression", "elimination", "pipeline",
     "calibration", "freezing",
 )  # fmt: skip
 
@@ -63,3 +64,15 @@ def test_imports_go_from_later_rooms_to_earlier_ones(room):
         if other not in allowed
     ]
     assert not wrong
+
+
+def test_the_kernel_is_given_plain_data():
+    """It imports errors and itself, and of what others wrote numpy, torch and what compiles it."""
+    allowed = {"passes", "numpy", "torch", "numba", "llvmlite", *sys.stdlib_module_names}
+    for file in (ROOT / "kernel").rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        assert {room for _, room in rooms_imported(source)} <= {"errors", "kernel"}, file
+        for node in ast.walk(ast.parse(source)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, (file, names)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.kernel import Margins, PackedConv2d, Placement, pack_layer, program, tilings
+from passes.freezing.packing import pack_layer
+from passes.kernel import Margins, PackedConv2d, Placement, program, tilings
 from passes.layers.grouped import GroupedConv2d, GroupedLinear
 from passes.layers.plan import LayerPlan
 

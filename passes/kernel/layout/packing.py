@@ -1,4 +1,4 @@
-"""From a layer's weight to the tables the kernel reads: pure tensor functions, independent of the picture's size.
+"""From blocks of weights to the tables the kernel reads: pure tensor functions, independent of the picture's size.
 
 A layer is a list of `Block`: filters that read the same inputs. A dense layer is one block, a grouped layer has one per
 group, a depthwise one has a block per channel. The kernel computes up to `most_filters` filters at once, so blocks are
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from passes.errors import InputError
 from passes.kernel.layout.geometry import Geometry
-from passes.layers.grouped import Grouped, GroupedConv2d, GroupedLinear
 
 # Columns of `Tables.blocks`: filters, inputs, first input, first filter, first weight, work of all pieces before.
 BLOCK_FIELDS = 6
@@ -55,33 +54,6 @@ class Tables(NamedTuple):
     ends: Tensor
     filters: Tensor
     blocks: Tensor
-
-
-def layer_blocks(layer: nn.Module) -> list[Block]:
-    """Blocks of a dense, grouped or depthwise ``Conv2d``, a ``Linear``, or a regrouped layer of either kind."""
-    if isinstance(layer, GroupedConv2d | GroupedLinear):
-        return _regrouped_blocks(layer)
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise InputError(
-            f"the kernel computes Conv2d and Linear layers, dense or regrouped, not {type(layer).__name__}"
-        )
-    weight = layer.weight.detach()
-    weight = weight.flatten(1)[:, :, None, None] if isinstance(layer, nn.Linear) else weight
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    reads = weight.shape[1]
-    return [
-        Block(torch.arange(len(part)) + index * len(part), torch.arange(reads) + index * reads, part)
-        for index, part in enumerate(weight.chunk(groups))
-    ]
-
-
-def _regrouped_blocks(layer: Grouped) -> list[Block]:
-    kernel: Sequence[int] = layer.weight.shape[1:] if isinstance(layer, GroupedConv2d) else (1, 1)
-    sizes: list[list[int]] = layer.block_sizes.tolist()
-    filters = torch.split(layer.filters, [size[0] for size in sizes])
-    inputs = torch.split(layer.inputs, [size[1] for size in sizes])
-    weights = torch.split(layer.weight.detach(), [size[0] * size[1] for size in sizes])
-    return [Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)]
 
 
 def pack(

@@ -1,0 +1,113 @@
+"""A layer as the kernel takes it: plain blocks of weights and a geometry, with the norms behind it folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import InputError
+from passes.kernel import (
+    DEFAULT_TILING,
+    NO_PLACEMENT,
+    Block,
+    Geometry,
+    PackedConv2d,
+    Placement,
+    Tiling,
+    pack_blocks,
+)
+from passes.layers.grouped import Grouped, GroupedConv2d, GroupedLinear
+
+
+def pack_layer(
+    layer: nn.Module,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    ends: Tensor | None = None,
+    activation: str | None = None,
+    placement: Placement = NO_PLACEMENT,
+    tiling: Tiling = DEFAULT_TILING,
+) -> PackedConv2d:
+    """Pack a dense, depthwise or regrouped ``Conv2d`` or ``Linear``, with a batch norm folded in.
+
+    Args:
+        layer: the layer; the result shares nothing with it.
+        scale: ``[out_channels]``, what each filter is multiplied by, or None.
+        shift: ``[out_channels]``, what is added to each filter after that, or None.
+        ends: ``[in_channels, 2]``, the least and the largest number that each input counts as, or None. Not for layers
+            with padding.
+        activation: name of the activation, or None.
+        placement: the margins of x, residual and result.
+        tiling: how the work is cut.
+
+    Returns:
+        A `PackedLinear` for linear layers, else a `PackedConv2d`.
+    """
+    blocks, geometry = layer_blocks(layer), layer_geometry(layer)
+    bias: Any = layer.bias
+    if scale is not None:
+        blocks = [Block(b.filters, b.inputs, b.weight * scale.detach()[b.filters][:, None, None, None]) for b in blocks]
+        bias = None if bias is None else bias.detach() * scale.detach()
+    if shift is not None:
+        bias = shift.detach() if bias is None else bias.detach() + shift.detach()
+    return pack_blocks(
+        blocks, geometry, bias, linear=isinstance(layer, nn.Linear | GroupedLinear), ends=ends, activation=activation,
+        placement=placement, tiling=tiling,
+    )  # fmt: skip
+
+
+def layer_blocks(layer: nn.Module) -> list[Block]:
+    """Blocks of a dense, grouped or depthwise ``Conv2d``, a ``Linear``, or a regrouped layer of either kind."""
+    if isinstance(layer, GroupedConv2d | GroupedLinear):
+        return _regrouped_blocks(layer)
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise InputError(
+            f"the kernel computes Conv2d and Linear layers, dense or regrouped, not {type(layer).__name__}"
+        )
+    weight = layer.weight.detach()
+    weight = weight.flatten(1)[:, :, None, None] if isinstance(layer, nn.Linear) else weight
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    reads = weight.shape[1]
+    return [
+        Block(torch.arange(len(part)) + index * len(part), torch.arange(reads) + index * reads, part)
+        for index, part in enumerate(weight.chunk(groups))
+    ]
+
+
+def _regrouped_blocks(layer: Grouped) -> list[Block]:
+    kernel: Sequence[int] = layer.weight.shape[1:] if isinstance(layer, GroupedConv2d) else (1, 1)
+    sizes: list[list[int]] = layer.block_sizes.tolist()
+    filters = torch.split(layer.filters, [size[0] for size in sizes])
+    inputs = torch.split(layer.inputs, [size[1] for size in sizes])
+    weights = torch.split(layer.weight.detach(), [size[0] * size[1] for size in sizes])
+    return [Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)]
+
+
+def layer_geometry(layer: Any) -> Geometry:
+    """Geometry of a dense or regrouped ``Conv2d`` or ``Linear``."""
+    if not hasattr(layer, "kernel_size"):
+        return Geometry(layer.out_features, layer.in_features)
+    if layer.padding_mode != "zeros":
+        raise InputError(f"the kernel pads with zeros, not with padding_mode={layer.padding_mode!r}")
+    left, right, top, bottom = _pad(layer)
+    return Geometry(
+        layer.out_channels,
+        layer.in_channels,
+        layer.kernel_size,
+        layer.stride,
+        (top, bottom, left, right),
+        layer.dilation,
+    )
+
+
+def _pad(layer: Any) -> tuple[int, int, int, int]:
+    """Padding at the left, right, top and bottom; ``"same"`` puts the odd pixel at the end."""
+    if isinstance(layer.padding, str):
+        reach = [(size - 1) * far for size, far in zip(layer.kernel_size, layer.dilation, strict=True)]
+        reach = [0, 0] if layer.padding == "valid" else reach
+        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
+    return layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]

@@ -99,6 +99,7 @@ class Loop:
         """Go on to the end of the epoch; the position is then that of the next."""
         position, lr = self.position, float(self.optimizer.param_groups[0]["lr"])
         self._train()
+        self._agree()
         sums = self.gathered(self._sums.state())
         losses: Counter[str] = Counter()
         for each in sums:
@@ -213,6 +214,15 @@ class Loop:
         self.position.steps += 1
         if self.averaged is not None and not self.optimizer.step_was_skipped:
             self.averaged.update_parameters(self.model)
+
+    def _agree(self) -> None:
+        """Let all processes have the buffers of the main one: each has updated its own since its last forward."""
+        if self._several:
+            from accelerate.utils import broadcast
+
+            for model in (self.model, self.averaged):
+                for buffer in model.buffers() if model is not None else ():
+                    buffer.copy_(broadcast(buffer))
 
     def _validate(self, data: Source) -> dict[str, float]:
         """What is measured in eval mode, of the averages where there are some."""

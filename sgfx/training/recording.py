@@ -90,7 +90,7 @@ class Recorder:
             self._go_on(loop, self._found)
         if self._settings.tracker is not None:
             start = {self._settings.tracker: {"purge_step": loop.position.epoch}}
-            self._accelerator.init_trackers("", init_kwargs=start)
+            self._accelerator.init_trackers(self._settings.tracker, init_kwargs=start)
         try:
             yield
         except FloatingPointError as error:

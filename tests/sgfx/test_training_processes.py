@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.tools.fresh_processes import start
+from tests.tools.interrupted_training import follow_as_one_of_several
 from tests.tools.trained_in_processes import BATCH, main, train
 
 PROCESSES = 2
 
 
-def launch(folder, resume=False, calls=0):
+def launch(function, folder, *given):
     """Start processes as torchrun does; returns their exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,7 +23,7 @@ def launch(folder, resume=False, calls=0):
     shared |= {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": 0}
     started = [
         start(
-            main, folder, resume, calls, output=folder / str(rank),
+            function, folder, *given, output=folder / str(rank),
             environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in range(PROCESSES)
@@ -40,7 +41,7 @@ def close(one, other, tolerance):
 def whole(tmp_path_factory):
     """The folder of a run of two processes that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert launch(folder) == [0, 0], (folder / "0.err").read_text()
+    assert launch(main, folder, False, 0) == [0, 0], (folder / "0.err").read_text()
     return folder
 
 
@@ -65,9 +66,17 @@ def test_they_leave_no_mark_and_the_main_one_alone_shows_bars(whole):
 
 
 def test_two_processes_go_on_where_they_died(whole, tmp_path):
-    assert launch(tmp_path, calls=5) == [9, 9]  # in the second batch of three of the second epoch
-    assert launch(tmp_path, resume=True) == [0, 0], (tmp_path / "0.err").read_text()
+    assert launch(main, tmp_path, False, 5) == [9, 9]  # in the second batch of three of the second epoch
+    assert launch(main, tmp_path, True, 0) == [0, 0], (tmp_path / "0.err").read_text()
     before, after = (made_in(folder, 1) for folder in (whole, tmp_path))
     assert close(before["model"], after["model"], 0)
     assert before["rows"] == after["rows"]
     assert (whole / "run/log.csv").read_text() == (tmp_path / "run/log.csv").read_text()
+
+
+def test_two_processes_follow_a_recipe_together(tmp_path):
+    """With norms and dropout: each has drawn for itself, and both have the same weights and statistics in the end."""
+    assert launch(follow_as_one_of_several, tmp_path) == [0, 0], (tmp_path / "0.err").read_text()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES))
+    assert any("running_mean" in name for name in first)
+    assert close(first, second, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,12 @@ def follow(folder: Path | None, *, resume: bool = False) -> Any:
 def _phases() -> tuple[Any, Any]:
     recipe = sgfx.recipe("cifar-local-global")
     return replace(recipe.local, epochs=None, iterations=6), replace(recipe.last, epochs=2, schedule=(1,))  # type: ignore[type-var]
+
+
+def follow_as_one_of_several(folder: Path) -> None:
+    """The same as several processes run it; each leaves its weights in ``RANK.pt``."""
+    outcome = follow(folder / "run", resume=True)
+    torch.save(outcome.model.state_dict(), folder / f"{os.environ['RANK']}.pt")
 
 
 def follow_to_the_end(folder: Path) -> None:

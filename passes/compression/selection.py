@@ -27,6 +27,7 @@ from passes.infra.compilation import Pass, Unit
 from passes.infra.facts import Regions, Target
 from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import is_custom
+from passes.layers.geometry import conv_groups
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.masked import Masked
 from passes.layers.plain_weights import removal_of
@@ -71,7 +72,7 @@ def _obstacle_of_type(path: str, layer: nn.Module, usage: Usage) -> str | None:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}".replace("torch.", "") + ", not a real floating-point tensor"
-    groups = getattr(layer, "groups", 1)
+    groups = conv_groups(layer)
     if groups == 1 and tuple(weight.shape) != _expected_shape(layer):
         return f"its weight has the shape {tuple(weight.shape)}, and its attributes say {_expected_shape(layer)}"
     if groups > 1:

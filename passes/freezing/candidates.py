@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from passes.freezing.decisions import LayerDecision
 from passes.freezing.recipe import LastPool, LibraryLayer, Recipe
 from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.geometry import is_linear, output_sizes, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.plain import dense_layer
 from passes.layers.plan import attach_plan, plan_of
@@ -215,7 +217,7 @@ def _as_told(name: str, given: LayerDecision, work: LayerDecision) -> LayerDecis
 def _candidates(recipe: Recipe, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], nn.Module]]:
     """Each candidate's name, and how to make it."""
     found: dict[str, Callable[[], nn.Module]] = {"library": lambda: LibraryLayer(recipe)}
-    x, linear = inputs[0], hasattr(recipe.layer, "in_features")
+    x, linear = inputs[0], is_linear(recipe.layer)
     if x.dim() == 4 and not linear and x.device.type == "cpu":
         found["channels_last"] = lambda: LibraryLayer(recipe, channels_last=True)
     if kernel_obstacle(recipe, inputs[0]) is None:
@@ -249,8 +251,7 @@ def kernel_obstacle(recipe: Recipe, x: Tensor) -> str | None:
     layer: Any = recipe.layer
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return "the kernel computes fp32 on the CPU"
-    kernel = getattr(layer, "kernel_size", None)
-    if kernel is not None and (len(kernel) != 2 or layer.padding_mode != "zeros" or x.dim() != 4):
+    if not is_linear(layer) and (spatial_dims(layer) != 2 or layer.padding_mode != "zeros" or x.dim() != 4):
         return "the kernel computes two-dimensional convolutions that pad with zeros, on batches"
     if x.numel() == 0:
         return "the example is empty"
@@ -271,28 +272,16 @@ def _macs(recipe: Recipe, shape: torch.Size) -> int:
     """Multiply-adds of a layer for an input of `shape`: its connections times its outputs' positions."""
     layer: Any = recipe.layer
     weights = _weights(recipe)
-    if hasattr(layer, "in_features"):
+    if is_linear(layer):
         return weights * shape[:-1].numel()
-    spatial = len(layer.kernel_size)
-    positions = shape[: -spatial - 1].numel()  # of a batch, if there is one
-    for size, kernel, stride, dilation, pad in zip(
-        shape[-spatial:], layer.kernel_size, layer.stride, layer.dilation, _pads(layer), strict=True
-    ):
-        positions *= (size + pad - dilation * (kernel - 1) - 1) // stride + 1
-    return weights * positions
+    spatial = spatial_dims(layer)
+    examples = shape[: -spatial - 1].numel()  # 1 where there is no batch
+    return weights * examples * math.prod(output_sizes(layer, shape[-spatial:]))
 
 
 def _weights(recipe: Recipe) -> int:
     layer: Any = recipe.layer
     return int(layer.weight.numel())
-
-
-def _pads(layer: Any) -> list[int]:
-    """Padding of each spatial dimension, both sides together."""
-    if isinstance(layer.padding, str):
-        same = layer.padding == "same"
-        return [d * (k - 1) * same for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return [2 * pad for pad in layer.padding]
 
 
 def checked_strategy(strategy: object) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from passes.freezing.recipe import ACTIVATIONS, Recipe
 from passes.layers.channel_cut import Cut, smaller
+from passes.layers.geometry import conv_groups, is_linear, padding_list, spatial_dims
 from passes.layers.grouped import Grouped
 
 
@@ -63,7 +64,7 @@ def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> in
             reader.add(absorbed(reader.weight(), channels, values))
             reader.layer = smaller(reader.layer, Cut(inputs=stay))
     recipe.keep(stay)
-    node.meta["val"] = node.meta["val"].narrow(-1 - found._spatial_dims, 0, len(stay))
+    node.meta["val"] = node.meta["val"].narrow(-1 - spatial_dims(found), 0, len(stay))
     return len(channels)
 
 
@@ -91,23 +92,19 @@ def absorbed(weight: Tensor, channels: Tensor, values: Tensor) -> Tensor:
 
 def _may_take(maker: Any, reader: Recipe | None, values: Tensor) -> Tensor:
     """Which constants the layer of a reader can take into its bias, bool ``[len(values)]``."""
-    if reader is None or not reads_channels(reader.layer, maker._spatial_dims):
+    if reader is None or not reads_channels(reader.layer, spatial_dims(maker)):
         return torch.zeros(len(values), dtype=torch.bool)
     return (values.cpu() == 0) | (not pads_with_zeros(reader.layer))
 
 
-def reads_channels(layer: nn.Module, spatial_dims: int) -> bool:
+def reads_channels(layer: nn.Module, dims: int) -> bool:
     """Whether all filters of a layer may read any channel of a tensor that has so many dimensions behind them."""
-    kernel: tuple[int, ...] = getattr(layer, "kernel_size", ())  # a linear layer reads the last dimension
-    return getattr(layer, "groups", 1) == 1 and len(kernel) == spatial_dims
+    return conv_groups(layer) == 1 and spatial_dims(layer) == dims  # a linear layer reads the last dimension
 
 
 def pads_with_zeros(layer: Any) -> bool:
     """Whether a layer adds zeros around its input."""
-    if not hasattr(layer, "kernel_size") or layer.padding_mode != "zeros" or layer.padding == "valid":
-        return False
-    amounts: tuple[int, ...] = layer.padding
-    return max(layer.kernel_size) > 1 if layer.padding == "same" else any(amounts)
+    return not is_linear(layer) and layer.padding_mode == "zeros" and any(padding_list(layer))
 
 
 def _reads_any(layer: Grouped, inputs: Tensor) -> bool:

@@ -19,6 +19,7 @@ from passes.kernel import (
     Tiling,
     pack_blocks,
 )
+from passes.layers.geometry import is_linear, paddings
 from passes.layers.grouped import Grouped, GroupedConv2d, GroupedLinear
 
 
@@ -55,7 +56,7 @@ def pack_layer(
     if shift is not None:
         bias = shift.detach() if bias is None else bias.detach() + shift.detach()
     return pack_blocks(
-        blocks, geometry, bias, linear=isinstance(layer, nn.Linear | GroupedLinear), ends=ends, activation=activation,
+        blocks, geometry, bias, linear=is_linear(layer), ends=ends, activation=activation,
         placement=placement, tiling=tiling,
     )  # fmt: skip
 
@@ -89,11 +90,11 @@ def _regrouped_blocks(layer: Grouped) -> list[Block]:
 
 def layer_geometry(layer: Any) -> Geometry:
     """Geometry of a dense or regrouped ``Conv2d`` or ``Linear``."""
-    if not hasattr(layer, "kernel_size"):
+    if is_linear(layer):
         return Geometry(layer.out_features, layer.in_features)
     if layer.padding_mode != "zeros":
         raise InputError(f"the kernel pads with zeros, not with padding_mode={layer.padding_mode!r}")
-    left, right, top, bottom = _pad(layer)
+    (top, bottom), (left, right) = paddings(layer)
     return Geometry(
         layer.out_channels,
         layer.in_channels,
@@ -102,12 +103,3 @@ def layer_geometry(layer: Any) -> Geometry:
         (top, bottom, left, right),
         layer.dilation,
     )
-
-
-def _pad(layer: Any) -> tuple[int, int, int, int]:
-    """Padding at the left, right, top and bottom; ``"same"`` puts the odd pixel at the end."""
-    if isinstance(layer.padding, str):
-        reach = [(size - 1) * far for size, far in zip(layer.kernel_size, layer.dilation, strict=True)]
-        reach = [0, 0] if layer.padding == "valid" else reach
-        return reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2
-    return layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.layers.channel_cut import Cut, smaller
+from passes.layers.geometry import conv_groups, padding_list
 from passes.layers.grouped import Grouped
 from passes.layers.norms import scale_and_shift
 from passes.layers.surgery import shallow_copy
@@ -120,9 +121,9 @@ class LibraryLayer(nn.Module):
         self.pads: tuple[int, ...] = ()
         if weight.dim() > 2:
             self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-            self.groups, self.mode = getattr(layer, "groups", 1), layer.padding_mode
+            self.groups, self.mode = conv_groups(layer), layer.padding_mode
             if self.mode != "zeros":
-                self.pads = tuple(layer._pad if hasattr(layer, "_pad") else layer._reversed_padding_repeated_twice)
+                self.pads = tuple(padding_list(layer))
                 self.padding = 0
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

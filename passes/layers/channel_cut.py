@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.errors import InputError
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.custom import GroupedCustom, is_custom
+from passes.layers.geometry import conv_groups, is_linear, spatial_dims
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.norms import is_frozen_norm, is_norm
 from passes.layers.plan import LayerPlan, plan_of
@@ -74,7 +75,7 @@ def may_be_cut(module: nn.Module) -> bool:
     """Whether a module of a model can be cut where graphs show how: one of these, or a custom layer like them."""
     if isinstance(module, GroupedCustom):
         return True
-    return is_cuttable(module) or (is_custom(module) and (getattr(module, "groups", 1) == 1 or is_depthwise(module)))
+    return is_cuttable(module) or (is_custom(module) and (conv_groups(module) == 1 or is_depthwise(module)))
 
 
 def channel_counts(module: nn.Module) -> tuple[int, int]:
@@ -83,7 +84,7 @@ def channel_counts(module: nn.Module) -> tuple[int, int]:
     if is_norm(module):
         count = len(layer.running_mean) if is_frozen_norm(module) else layer.num_features
         return count, count
-    if hasattr(module, "out_features"):
+    if is_linear(module):
         return layer.out_features, layer.in_features
     return layer.out_channels, layer.in_channels
 
@@ -92,7 +93,7 @@ def channel_dim(module: nn.Module, dims: int) -> int:
     """The dimension along which the channels of a layer's or norm's output lie, which has `dims` of them."""
     if is_norm(module):
         return 1
-    return dims - 1 - len(getattr(module, "kernel_size", ()))
+    return dims - 1 - spatial_dims(module)
 
 
 def works_on_filters(norm: nn.Module, layer: nn.Module, dims: int) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from passes.errors import InputError
 from passes.layers.channel_cut import Cut, channel_counts, cuts, has_cut, is_depthwise, may_be_cut
 from passes.layers.custom import GroupedCustom, change_of_layer, is_custom
+from passes.layers.geometry import conv_groups
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.plan import LayerPlan, layer_shape, plan_of, plans
 from passes.models.hyperparameters import Hyperparameters
@@ -149,7 +150,7 @@ def check_sizes(record: Mapping[str, Any]) -> None:
 def check_regroupable(layer: nn.Module) -> None:
     """Raise an InputError where a dense layer is none of those that can be regrouped."""
     known = type(layer) in GROUPED or (is_custom(layer) and change_of_layer(layer) is None)
-    if not known or getattr(layer, "groups", 1) != 1:
+    if not known or conv_groups(layer) != 1:
         raise InputError(f"a {type(layer).__name__} can't be regrouped")
 
 

@@ -22,6 +22,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.channel_cut import channel_counts
+from passes.layers.geometry import is_layer, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.norms import is_norm
 from passes.models.values import leaves, mapped
@@ -111,10 +112,8 @@ def _features(graph: fx.GraphModule, argument: fx.Node) -> tuple[int, int] | Non
     for node in behind:  # grows as it goes: whatever stands between the argument and the layer
         for user in node.users:
             module: Any = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if isinstance(kernel := getattr(module, "kernel_size", None), tuple) and hasattr(module, "in_channels"):
-                return int(module.in_channels), len(kernel)
-            if hasattr(module, "in_features"):
-                return int(module.in_features), 0
+            if is_layer(module):
+                return channel_counts(module)[1], spatial_dims(module)
             if user not in behind:
                 behind.append(user)
     return None

@@ -169,3 +169,25 @@ def test_a_budget_that_can_not_be_met_is_said():
     with pytest.warns(UserWarning, match=r"the budget is missed by 5\.0 % of the total"):
         _raise_limit(allotted.append, 1.0, 2.0, lambda: -0.05)
     assert len(allotted) == TRIALS + SCANNED + 1
+
+
+class Scaled(nn.Conv2d):
+    """Code of its own behind a call that pads."""
+
+    def forward(self, x):
+        return super().forward(x) * 2 + 1
+
+
+@pytest.mark.parametrize("padding", [1, (0, 2), "same"])
+def test_a_custom_layer_whose_call_pads_is_solved_where_it_can_be(padding):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 6, 3), Scaled(6, 6, 3, padding=padding)).eval()
+    small = sgfx.compile(dense, groups=2, ratio=0.5)
+    x = torch.randn(16, 3, 8, 8)
+    with torch.no_grad():
+        dense[1].weight.copy_(small[1].dense_weight())  # so there are weights that give the same
+        small[1].weight.mul_(0.5).add_(0.1)
+        assert (dense(x) - small(x)).abs().max() > 0.5
+    sgfx.calibrate(dense, small, x)
+    with torch.no_grad():
+        assert (dense(x) - small(x)).abs().max() < 0.01  # what the ridge leaves

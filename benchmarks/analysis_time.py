@@ -20,9 +20,10 @@ from benchmarks.compile_time import chain
 from benchmarks.machine import describe_machine
 from passes.elimination.analysis import ChannelAnalysis
 from passes.elimination.elimination import Elimination
-from passes.infra.compilation import Unit
+from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
-from passes.options.settings import Settings
+from passes.options.settings import SETTINGS, Settings
+from passes.tracing.regions import REGIONS
 
 ROUNDS = 3
 
@@ -45,14 +46,14 @@ def measure(title: str, model: nn.Module) -> float:
     for _ in range(ROUNDS):
         small = sgfx.compile(model, groups=16, ratio=0.8)
         start = time.perf_counter()
-        unit = Unit(small, Settings())
-        run_passes([ChannelAnalysis()], unit)
+        compilation = Compilation(small, {SETTINGS: Settings()})
+        run_passes([ChannelAnalysis()], compilation)
         analysed = time.perf_counter()
-        run_passes([Elimination()], unit)
+        nodes = len(compilation[REGIONS].parts[0].graphs["eval"].graph.nodes)
+        run_passes([Elimination()], compilation)
         taken.append((analysed - start, time.perf_counter() - analysed))
     analysis = statistics.median(first for first, _ in taken)
     elimination = statistics.median(second for _, second in taken)
-    nodes = len(unit.regions.parts[0].graphs["eval"].graph.nodes)
     print(f"{title}: analysis {analysis:.2f} s, elimination and its check {elimination:.2f} s, {nodes} nodes")
     return analysis
 

@@ -25,11 +25,13 @@ from torch import nn
 import models_zoo
 import sgfx
 from benchmarks.machine import describe_machine
-from passes.compression.grouping import Grouping, inertia
-from passes.compression.importance import Importance
-from passes.infra.compilation import Unit
+from passes.compression.grouping import GROUPS, Grouping, inertia
+from passes.compression.importance import IMPORTANCE, Importance
+from passes.compression.selection import TARGETS
+from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
 from passes.options.checks import checked_settings
+from passes.options.settings import SETTINGS
 from passes.pipeline import ANALYSIS
 
 CHECKPOINT = Path("../shared/data/resnet20-12fca82f.th")
@@ -78,14 +80,14 @@ def chain(depth: int) -> nn.Module:
 
 def print_inertia(title: str, model: nn.Module, groups: int) -> None:
     """Compare the summed inertia of the compiler's clustering with ten k-means++ restarts on every layer."""
-    unit = Unit(model, checked_settings(model, groups=groups, ratio=0.8))
-    run_passes([*ANALYSIS, Importance()], unit)
+    settings = checked_settings(model, groups=groups, ratio=0.8)
+    compilation = run_passes([*ANALYSIS, Importance()], Compilation(model, {SETTINGS: settings}))
     start = time.perf_counter()
-    run_passes([Grouping()], unit)
+    run_passes([Grouping()], compilation)
     ours_took = time.perf_counter() - start
-    ours = {path: inertia(unit.importance[path], found.labels) for path, found in unit.grouping.items()}
+    ours = {path: inertia(compilation[IMPORTANCE][path], found.labels) for path, found in compilation[GROUPS].items()}
     start = time.perf_counter()
-    peer = {path: ten_restarts(unit, path) for path in ours}
+    peer = {path: ten_restarts(compilation, path) for path in ours}
     peer_took = time.perf_counter() - start
     worst = max(ours[path] / peer[path] for path in ours) - 1
     summed = sum(ours.values()) / sum(peer.values()) - 1
@@ -95,10 +97,10 @@ def print_inertia(title: str, model: nn.Module, groups: int) -> None:
     )
 
 
-def ten_restarts(unit: Unit, path: str) -> float:
+def ten_restarts(compilation: Compilation, path: str) -> float:
     """Inertia of a layer with ten k-means++ restarts, of another seed than the compiler's."""
-    vectors = unit.importance[path]
-    means = KMeans(unit.targets[path].groups, n_init=10, random_state=1).fit(vectors.numpy())
+    vectors = compilation[IMPORTANCE][path]
+    means = KMeans(compilation[TARGETS][path].groups, n_init=10, random_state=1).fit(vectors.numpy())
     return inertia(vectors, torch.from_numpy(means.labels_).long())
 
 

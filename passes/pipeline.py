@@ -16,7 +16,10 @@ from passes.tracing.regions import Trace
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 GROUPING: tuple[Pass, ...] = (Importance(), Grouping())
 PRUNING: tuple[Pass, ...] = (Pruning(),)
-PLANNING: tuple[Pass, ...] = (*GROUPING, *PRUNING)
 LOWERING: tuple[Pass, ...] = (Lowering(),)
-PRUNING_STEP: tuple[Pass, ...] = (*PLANNING, Masking())
 ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())
+
+
+def pruning_step(limit: float) -> tuple[Pass, ...]:
+    """One step of a `Pruner`: plans made anew, no layer pruned beyond `limit`, and their masks."""
+    return (*GROUPING, Pruning(limit), Masking())

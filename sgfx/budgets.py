@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 
@@ -16,14 +16,16 @@ from passes.calibration.calibrate import overflow, sample_at, surroundings_at
 from passes.calibration.data import Arguments
 from passes.calibration.paired_walk import Walk
 from passes.calibration.pairing import walkable_regions
+from passes.compression.grouping import GROUPS
 from passes.compression.lowering import lower
-from passes.compression.selection import target_of
+from passes.compression.selection import TARGETS, Target, target_of
 from passes.errors import InputError
-from passes.infra.compilation import Unit
+from passes.infra.compilation import Compilation
 from passes.infra.random_state import own_random_state
 from passes.layers.plan import LayerPlan
 from passes.models.copying import unhooked_copy
 from passes.options.checks import meant_as_share
+from passes.options.settings import SETTINGS, Settings
 from sgfx.progress import progress_bar
 from sgfx.reporting.counting import count_macs
 
@@ -53,43 +55,47 @@ def checked_budget(budget: object) -> tuple[str, float]:
 
 
 def spend(
-    unit: Unit, budget: tuple[str, float], batches: list[Arguments], made: Callable[[Unit], nn.Module] | None = None
-) -> None:
-    """Set the ratios of the unit's targets so that the budget is kept at the least error on the calibration data.
+    grouped: Compilation,
+    budget: tuple[str, float],
+    batches: list[Arguments],
+    made: Callable[[dict[str, Target]], nn.Module] | None = None,
+) -> dict[str, Target]:
+    """Return targets with ratios that keep the budget at the least error on the calibration data.
 
     Targets to which an override or ``linear_ratio`` gives a ratio keep it.
 
     Args:
-        unit: a model that is analysed and grouped, but not pruned yet.
+        grouped: a model that is analysed and grouped, but not pruned yet.
         budget: what is counted, and the share of the model's total that remains.
         batches: arguments of the model.
-        made: makes the model that the unit's targets lead to, where that is smaller than they say, since filters that
-            nobody reads are removed: the ratios are lowered until it meets the budget.
+        made: makes the model that targets lead to, where that is smaller than they say, since filters that nobody
+            reads are removed: the ratios are lowered until it meets the budget.
 
     Raises:
         InputError: the layers whose ratios are free can't bring the total down that far, or can't be measured.
     """
     measure, share = budget
-    curves = _curves(unit, batches)
-    total, costs = _costs(unit, measure, batches)
-    free = [path for path in unit.targets if _is_free(unit, path)]
+    curves = _curves(grouped, batches)
+    found, settings = grouped[GROUPS], grouped[SETTINGS]
+    targets: dict[str, Target] = dict(grouped[TARGETS].items())
+    inputs = settings.example_inputs or batches[0]
+    total, costs = _costs(grouped.model, targets, measure, inputs)
+    free = [path for path in targets if _is_free(path, grouped.model.get_submodule(path), settings)]
     unknown = [path for path in free if path not in curves]
     if unknown:
         raise InputError(
             f"budget needs every layer in a traced part of the model that runs in eval mode, and {unknown[0]!r} is in "
             f"none, or reads nothing there ({len(unknown)} such layers): give them a ratio in overrides, or ignore them"
         )
-    pruned = {
-        path: achieved(unit.grouping[path], unit.targets[path].ratio) for path in unit.targets if path not in free
-    }
+    pruned = {path: achieved(found[path], targets[path].ratio) for path in targets if path not in free}
     rest = total - sum(costs.values()) + sum(costs[path] * (1 - ratio) for path, ratio in pruned.items())
-    groups, prices = [unit.grouping[path] for path in free], [costs[path] for path in free]
+    groups, prices = [found[path] for path in free], [costs[path] for path in free]
 
     def allot(limit: float) -> bool:
         """Give the free layers the ratios at which they cost `limit` together; False if they can't cost so little."""
         ratios = allocate([curves[path] for path in free], prices, limit)
         for path, ratio in zip(free, () if ratios is None else settle(ratios, groups, prices, limit), strict=False):
-            unit.targets[path] = replace(unit.targets[path], ratio=ratio)
+            targets[path] = replace(targets[path], ratio=ratio)
         return ratios is not None
 
     limit = share * total - rest
@@ -99,7 +105,8 @@ def spend(
             f"{rest / total:.3g} of them, and every other layer keeps something; raise the budget, or ignore less"
         )
     if made is not None:
-        _raise_limit(allot, limit, sum(prices), lambda: _count(made(unit), measure, unit, batches) / total - share)
+        _raise_limit(allot, limit, sum(prices), lambda: _count(made(targets), measure, inputs) / total - share)
+    return targets
 
 
 def _raise_limit(allot: Callable[[float], object], low: float, high: float, over: Callable[[], float]) -> None:
@@ -128,38 +135,37 @@ def _raise_limit(allot: Callable[[float], object], low: float, high: float, over
         )
 
 
-def _is_free(unit: Unit, path: str) -> bool:
+def _is_free(path: str, layer: nn.Module, settings: Settings) -> bool:
     """Whether nothing but the general ratio decides about a target."""
-    layer = unit.model.get_submodule(path)
-    low, high = (target_of(path, layer, replace(unit.settings, ratio=ratio)).ratio for ratio in (0.0, 0.5))
+    low, high = (target_of(path, layer, replace(settings, ratio=ratio)).ratio for ratio in (0.0, 0.5))
     return low != high
 
 
-def _costs(unit: Unit, measure: str, batches: list[Arguments]) -> tuple[float, dict[str, float]]:
+def _costs(model: nn.Module, targets: Iterable[str], measure: str, inputs: Arguments) -> tuple[float, dict[str, float]]:
     """The model's total, and what the connections of each target cost with nothing pruned."""
     if measure == "params":
-        layers = {path: unit.model.get_submodule(path) for path in unit.targets}
-        costs = {path: float(layer.get_parameter("weight").numel()) for path, layer in layers.items()}
-        return _count(unit.model, measure, unit, batches), costs
-    counts = count_macs(unit.model, unit.settings.example_inputs or batches[0])
-    return float(counts[""]), {path: float(counts[path]) for path in unit.targets}
+        weights = {path: model.get_submodule(path).get_parameter("weight") for path in targets}
+        return _count(model, measure, inputs), {path: float(weight.numel()) for path, weight in weights.items()}
+    counts = count_macs(model, inputs)
+    return float(counts[""]), {path: float(counts[path]) for path in targets}
 
 
-def _count(model: nn.Module, measure: str, unit: Unit, batches: list[Arguments]) -> float:
+def _count(model: nn.Module, measure: str, inputs: Arguments) -> float:
     """The total of a model."""
     if measure == "params":
         return float(sum(parameter.numel() for parameter in model.parameters()))
-    return float(count_macs(model, unit.settings.example_inputs or batches[0])[""])
+    return float(count_macs(model, inputs)[""])
 
 
-def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
+def _curves(grouped: Compilation, batches: list[Arguments]) -> dict[str, Curve]:
     """The error curve of each target, on the walk of the dense model beside itself."""
-    whole = unhooked_copy(unit.model).eval()
-    lower(whole, {path: _whole(unit.model.get_submodule(path)) for path in unit.targets})
+    model, targets, leaves = grouped.model, grouped[TARGETS], grouped[SETTINGS].leaf_modules
+    whole = unhooked_copy(model).eval()
+    lower(whole, {path: _whole(model.get_submodule(path)) for path in targets})
     curves: dict[str, Curve] = {}
-    bar = progress_bar("budget", len(unit.targets), "layer")
+    bar = progress_bar("budget", len(targets), "layer")
     with own_random_state(), torch.no_grad(), bar as tick:
-        for path, theirs, mine, pairs in walkable_regions(unit.model, whole, batches, unit.settings.leaf_modules):
+        for path, theirs, mine, pairs in walkable_regions(model, whole, batches, leaves):
             walk = Walk(theirs, mine, pairs, path)
             for stop in walk.stops():
                 name = walk.name(stop)
@@ -167,7 +173,7 @@ def _curves(unit: Unit, batches: list[Arguments]) -> dict[str, Curve]:
                 tick()
                 if not len(sample.wanted):
                     continue
-                curves[name] = error_curve(walk.module(stop), sample, unit.grouping[name])
+                curves[name] = error_curve(walk.module(stop), sample, grouped[GROUPS][name])
                 if not np.isfinite(curves[name]).all():
                     raise overflow(name)
     return curves

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from passes.calibration.data import Arguments, read_examples
+from passes.compression.grouping import GROUPS
+from passes.compression.pruning import PLANS
+from passes.compression.selection import REASONS, TARGETS, Target
 from passes.errors import InputError
-from passes.infra.compilation import Unit
+from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan
 from passes.models.adoption import adopt
 from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
-from passes.options.settings import Criterion, Settings
+from passes.options.settings import SETTINGS, Criterion, Settings
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
+from passes.tracing.regions import REGIONS
 from sgfx.budgets import Budget, checked_budget, spend
 from sgfx.calibrating import calibrate_on
 from sgfx.pruner import Pruner, Step
@@ -122,7 +126,8 @@ def compile(
 
 def eliminated(small: nn.Module, inputs: tuple[object, ...] | None, leaves: tuple[str, ...] = ()) -> nn.Module:
     """Remove, in place, what nobody reads in a lowered model, and return it; `leaves` are paths of leaf modules."""
-    run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs, leaf_modules=leaves)))
+    settings = Settings(example_inputs=inputs, leaf_modules=leaves)
+    run_passes(ELIMINATION, Compilation(small, {SETTINGS: settings}))
     return small
 
 
@@ -150,18 +155,21 @@ def _compile_at_once(
 
     def planned() -> dict[str, LayerPlan]:
         """Graphs and importance vectors, as large as the weights, are gone when this returns."""
-        unit = Unit(model, settings)
-        run_passes(ANALYSIS, unit)
-        unit.forget("regions")
-        run_passes(GROUPING, unit)
-        if share is not None and batches is not None:
-            spend(unit, share, batches, made if eliminate else None)
-        run_passes(PRUNING, unit)
-        return unit.plans
+        grouped = run_passes(ANALYSIS, Compilation(model, {SETTINGS: settings}))
+        grouped.forget(REGIONS)
+        run_passes(GROUPING, grouped)
+        if share is None or batches is None:
+            return run_passes(PRUNING, grouped)[PLANS]
 
-    def made(unit: Unit) -> nn.Module:
-        run_passes(PRUNING, unit)
-        return eliminated(_lowered(model, settings, unit.plans), settings.example_inputs, settings.leaf_modules)
+        def pruned(targets: dict[str, Target]) -> dict[str, LayerPlan]:
+            known: Facts = {TARGETS: targets, REASONS: grouped[REASONS], GROUPS: grouped[GROUPS]}
+            return run_passes(PRUNING, Compilation(model, known))[PLANS]
+
+        def made(targets: dict[str, Target]) -> nn.Module:
+            small = _lowered(model, settings, pruned(targets))
+            return eliminated(small, settings.example_inputs, settings.leaf_modules)
+
+        return pruned(spend(grouped, share, batches, made if eliminate else None))
 
     return _lowered(model, settings, planned())
 
@@ -169,10 +177,9 @@ def _compile_at_once(
 def _lowered(model: M, settings: Settings, plans: dict[str, LayerPlan]) -> M:
     """A copy of `model` with grouped layers, made without the weights that go anyway."""
     replaced = [cast(Tensor, model.get_submodule(path).weight) for path, plan in plans.items() if plan.grouped]
-    unit = Unit(copy_model(model, shared=replaced), settings)
-    unit.plans = plans
-    run_passes(LOWERING, unit)
-    return cast(M, unit.model)
+    small = copy_model(model, shared=replaced)
+    run_passes(LOWERING, Compilation(small, {SETTINGS: settings, PLANS: plans}))
+    return small
 
 
 def _compile_in_steps(

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from passes.compression.masking import mask, masked_layer, unmask
+from passes.compression.pruning import PLANS
+from passes.compression.selection import REASONS, TARGETS
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.compilation import Unit
+from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan, network_ratios
 from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs
 from passes.options.checks import LeafModules, checked_settings, step_ratio
-from passes.options.settings import Criterion
-from passes.pipeline import ANALYSIS, LOWERING, PRUNING_STEP
+from passes.options.settings import SETTINGS, Criterion
+from passes.pipeline import ANALYSIS, LOWERING, pruning_step
+from passes.tracing.regions import REGIONS
 
 M = TypeVar("M", bound=nn.Module)
 STATE_VERSION = 1
@@ -98,10 +101,11 @@ class Pruner(Generic[M]):
         )
         self._step = step_ratio(step)
         self.model: M = copy_model(model)
-        self._unit = Unit(self.model, settings)
-        run_passes(ANALYSIS, self._unit)
-        self._unit.forget("regions")
-        for path in self._unit.targets:
+        analysed = run_passes(ANALYSIS, Compilation(self.model, {SETTINGS: settings}))
+        analysed.forget(REGIONS)
+        self._settings, self._targets, self._reasons = settings, analysed[TARGETS], analysed[REASONS]
+        self._plans: dict[str, LayerPlan] = {}
+        for path in self._targets:
             masked_layer(self.model, path)
         self._index = 0
         self._open = False  # whether step `_index` was handed out and is not complete yet
@@ -109,7 +113,7 @@ class Pruner(Generic[M]):
 
     def __len__(self) -> int:
         """Number of steps in total."""
-        ratio = max(target.ratio for target in self._unit.targets.values())
+        ratio = max(target.ratio for target in self._targets.values())
         return max(1, math.ceil(ratio / self._step - 1e-9))
 
     def __iter__(self) -> Iterator[Step]:
@@ -127,12 +131,13 @@ class Pruner(Generic[M]):
     @torch.inference_mode(False)
     def _advance(self) -> None:
         index = self._index + 1
-        self._unit.limit = 1.0 if index == len(self) else round(index * self._step, 12)
-        run_passes(PRUNING_STEP, self._unit)
+        limit = 1.0 if index == len(self) else round(index * self._step, 12)
+        known: Facts = {SETTINGS: self._settings, TARGETS: self._targets, REASONS: self._reasons}
+        self._plans = run_passes(pruning_step(limit), Compilation(self.model, known))[PLANS]
         self._index, self._open = index, True
 
     def _record(self) -> Step:
-        requested, achieved = network_ratios(self._unit.plans)
+        requested, achieved = network_ratios(self._plans)
         return Step(self._index, requested, achieved)
 
     @torch.inference_mode(False)
@@ -149,7 +154,7 @@ class Pruner(Generic[M]):
         self._check_not_lowered("lower")
         if self._index == 0:
             raise InputError("nothing is pruned yet: iterate over the pruner before lower()")
-        run_passes(LOWERING, self._unit)
+        run_passes(LOWERING, Compilation(self.model, {SETTINGS: self._settings, PLANS: self._plans}))
         self._lowered = True
         return self.model
 
@@ -160,7 +165,6 @@ class Pruner(Generic[M]):
         As with modules, its tensors are the live ones.
         """
         self._check_not_lowered("save")
-        plans = self._unit.plans if self._index else {}
         return {
             "version": STATE_VERSION,
             "options": self._options(),
@@ -168,7 +172,7 @@ class Pruner(Generic[M]):
             "open": self._open,
             "plans": {
                 path: {"labels": plan.labels, "keep": plan.keep, "requested_ratio": plan.requested_ratio}
-                for path, plan in plans.items()
+                for path, plan in self._plans.items()
                 if plan.grouped
             },
             "model": self.model.state_dict(),
@@ -192,7 +196,7 @@ class Pruner(Generic[M]):
             let_memory_errors_pass(error)
             raise InputError(f"the state's model can't be loaded, and nothing was changed: {error}") from error
         self._restore(self.model, plans, state["model"])
-        self._unit.plans = plans
+        self._plans = plans
         self._index, self._open = state["index"], state["open"]
 
     def _restore(self, model: nn.Module, plans: dict[str, LayerPlan], values: Mapping[str, Any]) -> None:
@@ -200,7 +204,7 @@ class Pruner(Generic[M]):
         if plans:
             mask(model, plans)
         else:
-            unmask(model, [*self._unit.targets, *self._unit.reasons])
+            unmask(model, [*self._targets, *self._reasons])
         model.load_state_dict(values)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -222,7 +226,7 @@ class Pruner(Generic[M]):
         ]
         if other:
             raise InputError("the state was saved with other options: " + ", ".join(other))
-        masks = {f"{path}.{name}" for path in self._unit.targets for name in ("_extra_state", "mask")}
+        masks = {f"{path}.{name}" for path in self._targets for name in ("_extra_state", "mask")}
         shapes, given = (
             {name: getattr(tensor, "shape", None) for name, tensor in each.items() if name not in masks}
             for each in (self.model.state_dict(), state["model"])
@@ -232,18 +236,18 @@ class Pruner(Generic[M]):
             raise InputError(f"the state belongs to another model: {', '.join(wrong[:3])} differ ({len(wrong)} in all)")
 
     def _loaded_plans(self, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerPlan]:
-        if saved.keys() != self._unit.targets.keys():
+        if saved.keys() != self._targets.keys():
             raise InputError("the state belongs to another model: it prunes other layers")
         made = {}
         for path, layer in self.model.named_modules():
             if path in saved:
                 made[path] = _loaded_plan(path, layer, saved[path])
-            elif path in self._unit.reasons:
-                made[path] = LayerPlan.of(layer, reason=self._unit.reasons[path])
+            elif path in self._reasons:
+                made[path] = LayerPlan.of(layer, reason=self._reasons[path])
         return made
 
     def _options(self) -> dict[str, Any]:
-        settings = self._unit.settings
+        settings = self._settings
         criterion = settings.criterion if isinstance(settings.criterion, str) else "callable"
         return {
             "groups": settings.groups,

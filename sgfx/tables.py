@@ -8,7 +8,7 @@ the batch norms over concatenated inputs of a DenseNet; the true count stands be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,17 +16,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import models_zoo
-from passes.compression.grouping import Grouping
-from passes.compression.importance import Importance
+from passes.compression.grouping import GROUPS
 from passes.compression.lowering import lower
-from passes.compression.pruning import Pruning
-from passes.infra.compilation import Unit
-from passes.infra.facts import Target
+from passes.compression.pruning import PLANS
+from passes.compression.selection import REASONS, TARGETS
+from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan, plans
 from passes.models.copying import copy_model
 from passes.options.checks import checked_settings
-from passes.pipeline import ANALYSIS
+from passes.options.settings import SETTINGS
+from passes.pipeline import ANALYSIS, GROUPING, PRUNING
 from sgfx.reporting.counting import count_macs
 
 Published = tuple[str, float, float, float, float]  # model, conv ratio, linear ratio, parameters, MACs
@@ -150,28 +150,29 @@ def rows(table: Table) -> Iterator[Row]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models_zoo.create(table.model, **table.options).eval()
-    unit = Unit(model, checked_settings(model, groups=table.groups, ratio=0.0, ignore=table.ignore))
-    run_passes([*ANALYSIS, Importance(), Grouping()], unit)
+    settings = checked_settings(model, groups=table.groups, ratio=0.0, ignore=table.ignore)
+    grouped = run_passes((*ANALYSIS, *GROUPING), Compilation(model, {SETTINGS: settings}))
     image = (torch.zeros(1, 3, table.size, table.size),)
     counted: dict[tuple[float, float], tuple[int, int, int]] = {}
     for label, conv_ratio, linear_ratio, published_params, published_macs in table.rows:
         ratios = conv_ratio, linear_ratio
         if ratios not in counted:
-            small = _compiled(unit, *ratios)
+            small = _compiled(grouped, *ratios)
             counted[ratios] = paper_params(small), count_macs(small, image)[""], _numel(small)
         params, macs, true = counted[ratios]
         yield Row(table.number, label, *ratios, published_params, params, published_macs, macs, true)
 
 
-def _compiled(unit: Unit, conv_ratio: float, linear_ratio: float) -> nn.Module:
-    model = copy_model(unit.model)
+def _compiled(grouped: Compilation, conv_ratio: float, linear_ratio: float) -> nn.Module:
+    model = copy_model(grouped.model)
     if conv_ratio == linear_ratio == 0:
         return model
-    for path, target in unit.targets.items():
-        linear = isinstance(unit.model.get_submodule(path), nn.Linear)
-        unit.targets[path] = Target(target.groups, linear_ratio if linear else conv_ratio)
-    run_passes([Pruning()], unit)
-    lower(model, unit.plans)
+    targets = {
+        path: replace(target, ratio=linear_ratio if isinstance(model.get_submodule(path), nn.Linear) else conv_ratio)
+        for path, target in grouped[TARGETS].items()
+    }
+    known: Facts = {TARGETS: targets, REASONS: grouped[REASONS], GROUPS: grouped[GROUPS]}
+    lower(model, run_passes(PRUNING, Compilation(model, known))[PLANS])
     return model
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from passes.calibration.layer_solver import Sample
 from passes.calibration.least_squares import factor, ridge, solve, solve_dual
+from passes.compression.grouping import Groups
 from passes.compression.pruning import truncate
-from passes.infra.facts import Groups
 
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 STEPS = 97  # ratios a layer may take: every hundredth of the grid's span

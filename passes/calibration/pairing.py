@@ -22,11 +22,11 @@ from passes.calibration.paired_walk import Pair
 from passes.calibration.splitting import split
 from passes.calibration.value_choices import WatchForChoices
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.facts import Region
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import leaves, tensors_in
 from passes.options.arguments import call
 from passes.tracing.regions import find_regions
+from passes.tracing.trace import Region
 
 LIMIT = 1 << 29  # bytes of arguments that are kept
 Calls = list[tuple[Arguments, bool]]  # of one run: the arguments of each call, and whether data were chosen before

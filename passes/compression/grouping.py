@@ -8,6 +8,7 @@ labels. Equal filters can leave fewer groups than asked for; the groups found ar
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,12 +17,25 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from passes.compression.importance import IMPORTANCE
+from passes.compression.selection import TARGETS
 from passes.errors import InputError
-from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Groups
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
+from passes.options.settings import SETTINGS
 
 MAX_RESTARTS = 10
 RESTART_BUDGET = 4_000_000  # multiply-adds of one k-means iteration (C_out · C_in · groups) times restarts
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of one layer: int64 labels ``[C_out]`` and float64 centroids ``[groups, C_in]``."""
+
+    labels: Tensor
+    centroids: Tensor
+
+
+GROUPS = Fact[dict[str, Groups]]("groups")
 
 
 def group_filters(importance: Tensor, groups: int, seed: int = 0) -> Groups:
@@ -87,24 +101,22 @@ def _in_order_of_appearance(labels: Tensor) -> Tensor:
 
 
 class Grouping(Pass):
-    """Write the grouping of every target layer."""
+    """Find the groups of every target layer."""
 
     name = "grouping"
-    requires = ("targets", "importance")
-    ensures = ("grouping",)
+    requires = (SETTINGS, TARGETS, IMPORTANCE)
+    ensures = (GROUPS,)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Cluster the filters of every target layer, each with a generator of its own."""
-        unit.grouping = {
-            path: group_filters(unit.importance[path], target.groups, unit.settings.seed)
-            for path, target in unit.targets.items()
-        }
-        return False
+        vectors, seed = compilation[IMPORTANCE], compilation[SETTINGS].seed
+        targets = compilation[TARGETS].items()
+        return {GROUPS: {path: group_filters(vectors[path], target.groups, seed) for path, target in targets}}
 
-    def check(self, unit: Unit) -> str | None:
+    def check(self, compilation: Compilation) -> str | None:
         """Every filter is in exactly one group, and there are no more groups than asked for."""
-        for path, target in unit.targets.items():
-            found = unit.grouping[path]
-            if len(found.labels) != len(unit.importance[path]) or len(found.centroids) > target.groups:
+        for path, target in compilation[TARGETS].items():
+            found = compilation[GROUPS][path]
+            if len(found.labels) != len(compilation[IMPORTANCE][path]) or len(found.centroids) > target.groups:
                 return f"layer {path!r} has {len(found.labels)} labels in {len(found.centroids)} groups"
         return None

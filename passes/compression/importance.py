@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from passes.compression.selection import TARGETS
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.compilation import Pass, Unit
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.masked import effective_weight
-from passes.options.settings import NORMS, Criterion
+from passes.options.settings import NORMS, SETTINGS, Criterion
+
+IMPORTANCE = Fact[dict[str, Tensor]]("importance")  # [C_out, C_in] of each target, by module path
 
 
 def importance(weight: Tensor, criterion: Criterion = "l1") -> Tensor:
@@ -71,20 +74,19 @@ def _checked(vectors: object, weight: Tensor) -> Tensor:
 
 
 class Importance(Pass):
-    """Write the importance vectors of every target layer, from the weights that its mask leaves."""
+    """Find the importance vectors of every target layer, from the weights that its mask leaves."""
 
     name = "importance"
-    requires = ("targets",)
-    ensures = ("importance",)
+    requires = (SETTINGS, TARGETS)
+    ensures = (IMPORTANCE,)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Compute the vectors of all target layers."""
         vectors = {}
-        for path in unit.targets:
-            layer = unit.model.get_submodule(path)
+        for path in compilation[TARGETS]:
+            layer = compilation.model.get_submodule(path)
             try:
-                vectors[path] = importance(effective_weight(layer), unit.settings.criterion)
+                vectors[path] = importance(effective_weight(layer), compilation[SETTINGS].criterion)
             except InputError as error:
                 raise InputError(f"layer {path!r} ({type(layer).__name__}): {error}") from error
-        unit.importance = vectors
-        return False
+        return {IMPORTANCE: vectors}

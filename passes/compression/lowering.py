@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.infra.compilation import Pass, Unit
+from passes.compression.pruning import PLANS
+from passes.infra.compilation import Compilation, Pass
 from passes.layers.custom import grouped_form
 from passes.layers.grouped import Grouped
 from passes.layers.plan import LayerPlan, attach_plan
 from passes.layers.surgery import replace_module
-from passes.tracing.regions import find_regions
+from passes.options.settings import SETTINGS
+from passes.tracing.regions import REGIONS, find_regions
 from passes.tracing.trace import calls
 
 
-def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
-    """Put grouped layers into `model` by its `plans`, in place; return whether anything changed."""
+def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> None:
+    """Put grouped layers into `model` by its `plans`, in place."""
     made = {
         path: grouped_form(layer).from_dense(layer, plan)
         for path, plan in plans.items()
@@ -28,26 +30,27 @@ def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
         replace_module(model, path, layer)
     for path, plan in plans.items():
         attach_plan(model.get_submodule(path), plan)
-    return bool(made)
 
 
 class Lowering(Pass):
     """Put grouped layers in place of all targets."""
 
     name = "lowering"
-    requires = ("plans",)
+    requires = (SETTINGS, PLANS)
+    ends = (REGIONS,)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> None:
         """Lower the model by its plans."""
-        return lower(unit.model, unit.plans)
+        lower(compilation.model, compilation[PLANS])
 
-    def check(self, unit: Unit) -> str | None:
+    def check(self, compilation: Compilation) -> str | None:
         """Every target has as many rows as its plan has connections, and is called where it was registered."""
-        for path, plan in unit.plans.items():
-            layer = unit.model.get_submodule(path)
+        plans, model = compilation[PLANS], compilation.model
+        for path, plan in plans.items():
+            layer = model.get_submodule(path)
             if plan.grouped and not (isinstance(layer, Grouped) and len(layer.weight) == plan.connections):
                 return f"layer {path!r} was not lowered to {plan.connections} connections"
-        regions = find_regions(unit.model, leaf_modules=unit.settings.leaf_modules)
+        regions = find_regions(model, leaf_modules=compilation[SETTINGS].leaf_modules)
         called = {path for _, path, _ in calls(regions.parts)}
-        lowered = (path for path, plan in unit.plans.items() if plan.grouped and regions.outside(path) is None)
+        lowered = (path for path, plan in plans.items() if plan.grouped and regions.outside(path) is None)
         return next((f"nothing calls the lowered {path!r}" for path in lowered if path not in called), None)

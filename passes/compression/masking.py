@@ -11,24 +11,23 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from passes.infra.compilation import Pass, Unit
+from passes.compression.pruning import PLANS
+from passes.infra.compilation import Compilation, Pass
 from passes.layers.custom import masked_form
 from passes.layers.masked import Masked
 from passes.layers.plan import LayerPlan, attach_plan, detach_plan
 from passes.layers.surgery import replace_module
+from passes.tracing.regions import REGIONS
 
 
-def mask(model: nn.Module, plans: dict[str, LayerPlan]) -> bool:
-    """Put the masks of `plans` into `model`, in place; return whether anything changed."""
-    modified = False
+def mask(model: nn.Module, plans: dict[str, LayerPlan]) -> None:
+    """Put the masks of `plans` into `model`, in place."""
     for path, plan in plans.items():
         layer = model.get_submodule(path)
         if plan.grouped:
-            masked = masked_layer(model, path)
-            modified |= masked.update(plan) or masked is not layer
-            layer = masked
+            layer = masked_layer(model, path)
+            layer.update(plan)
         attach_plan(layer, plan)
-    return modified
 
 
 def unmask(model: nn.Module, paths: Iterable[str]) -> None:
@@ -53,16 +52,17 @@ class Masking(Pass):
     """Put masked layers in place of all targets."""
 
     name = "masking"
-    requires = ("plans",)
+    requires = (PLANS,)
+    ends = (REGIONS,)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> None:
         """Mask the model by its plans."""
-        return mask(unit.model, unit.plans)
+        mask(compilation.model, compilation[PLANS])
 
-    def check(self, unit: Unit) -> str | None:
+    def check(self, compilation: Compilation) -> str | None:
         """Every target's mask is what its plan keeps."""
-        for path, plan in unit.plans.items():
-            layer = unit.model.get_submodule(path)
+        for path, plan in compilation[PLANS].items():
+            layer = compilation.model.get_submodule(path)
             if plan.grouped and not (isinstance(layer, Masked) and torch.equal(layer.mask.cpu(), plan.mask())):
                 return f"the mask of layer {path!r} is not the one that was planned"
         return None

@@ -8,11 +8,15 @@ At least one entry of a layer is kept, and at ratio 0 none is cut.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from passes.compression.grouping import GROUPS, Groups
+from passes.compression.selection import REASONS, TARGETS
 from passes.errors import InputError
-from passes.infra.compilation import Pass, Unit
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.plan import LayerPlan
+
+PLANS = Fact[dict[str, LayerPlan]]("plans")  # of every layer, by module path
 
 
 def truncate(centroids: Tensor, sizes: Tensor, ratio: float) -> Tensor:
@@ -44,33 +48,40 @@ def truncate(centroids: Tensor, sizes: Tensor, ratio: float) -> Tensor:
 
 
 class Pruning(Pass):
-    """Write the plan of every layer: what a target keeps, or the reason why a layer is left alone."""
+    """Make the plan of every layer: what a target keeps, or the reason why a layer is left alone.
+
+    Args:
+        limit: no layer is pruned beyond this share (a `Pruner` raises it step by step).
+    """
 
     name = "pruning"
-    requires = ("targets", "reasons", "grouping")
-    ensures = ("plans",)
+    requires = (TARGETS, REASONS, GROUPS)
+    ensures = (PLANS,)
 
-    def run(self, unit: Unit) -> bool:
-        """Truncate every target layer at its ratio, or at the unit's limit where that is lower."""
+    def __init__(self, limit: float = 1.0) -> None:
+        """Take the limit."""
+        self.limit = limit
+
+    def run(self, compilation: Compilation) -> Facts:
+        """Truncate every target layer at its ratio, or at the limit where that is lower."""
+        targets, reasons, groups = compilation[TARGETS], compilation[REASONS], compilation[GROUPS]
         plans = {}
-        for path, layer in unit.model.named_modules():
-            if path in unit.targets:
-                plans[path] = self._plan(unit, path)
-            elif path in unit.reasons:
-                plans[path] = LayerPlan.of(layer, reason=unit.reasons[path])
-        unit.plans = plans
-        return False
+        for path, layer in compilation.model.named_modules():
+            if path in targets:
+                plans[path] = self._plan(layer, groups[path], targets[path].ratio)
+            elif path in reasons:
+                plans[path] = LayerPlan.of(layer, reason=reasons[path])
+        return {PLANS: plans}
 
-    def _plan(self, unit: Unit, path: str) -> LayerPlan:
-        found = unit.grouping[path]
-        ratio = min(unit.limit, unit.targets[path].ratio)
+    def _plan(self, layer: nn.Module, found: Groups, ratio: float) -> LayerPlan:
+        ratio = min(self.limit, ratio)
         keep = truncate(found.centroids, torch.bincount(found.labels), ratio)
-        return LayerPlan.of(unit.model.get_submodule(path), labels=found.labels, keep=keep, requested_ratio=ratio)
+        return LayerPlan.of(layer, labels=found.labels, keep=keep, requested_ratio=ratio)
 
-    def check(self, unit: Unit) -> str | None:
+    def check(self, compilation: Compilation) -> str | None:
         """Every target keeps something and misses its ratio by at most one centroid entry."""
-        for path in unit.targets:
-            plan = unit.plans[path]
+        for path in compilation[TARGETS]:
+            plan = compilation[PLANS][path]
             entry = max(filters for filters, _ in plan.block_sizes) / plan.out_channels / plan.in_channels
             if not plan.connections or abs(plan.achieved_ratio - (plan.requested_ratio or 0)) > entry:
                 return f"layer {path!r} was pruned to {plan.achieved_ratio:.4f} instead of {plan.requested_ratio}"

@@ -18,13 +18,14 @@ Naming a layer in `overrides` that rules 1 to 6 leave alone is an error.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from passes.errors import InputError
-from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Regions, Target
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import is_custom
 from passes.layers.geometry import conv_groups
@@ -33,12 +34,25 @@ from passes.layers.masked import Masked
 from passes.layers.plain_weights import removal_of
 from passes.layers.plan import layer_shape
 from passes.options.names import covers, matches
-from passes.options.settings import Settings
+from passes.options.settings import SETTINGS, Settings
 from passes.tracing.probing import misuse
+from passes.tracing.regions import REGIONS, Regions
 from passes.tracing.usage import Usage
 
 MIN_CHANNELS = 4
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of one layer: at most `groups` groups, and the share `ratio` of its connections pruned."""
+
+    groups: int
+    ratio: float
+
+
+TARGETS = Fact[dict[str, Target]]("targets")  # by module path
+REASONS = Fact[dict[str, str]]("reasons")  # why each other layer is left alone, by module path
 
 
 def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
@@ -174,20 +188,21 @@ def _because(model: nn.Module, reasons: dict[str, str]) -> str:
 
 
 class Selection(Pass):
-    """Write the targets, and the reasons for everything left alone."""
+    """Find the targets, and the reasons for everything left alone."""
 
     name = "selection"
-    requires = ("regions",)
-    ensures = ("targets", "reasons")
+    requires = (SETTINGS, REGIONS)
+    ensures = (TARGETS, REASONS)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Decide about every layer."""
-        unit.targets, unit.reasons = select(unit.model, unit.regions, unit.settings)
-        return False
+        targets, reasons = select(compilation.model, compilation[REGIONS], compilation[SETTINGS])
+        return {TARGETS: targets, REASONS: reasons}
 
-    def check(self, unit: Unit) -> str | None:
+    def check(self, compilation: Compilation) -> str | None:
         """Every layer is a target or has a reason, and none is both."""
-        layers = {path for path, m in unit.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-        if unit.targets.keys() & unit.reasons.keys() or layers != unit.targets.keys() | unit.reasons.keys():
+        layers = {path for path, m in compilation.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+        targets, reasons = compilation[TARGETS].keys(), compilation[REASONS].keys()
+        if targets & reasons or layers != targets | reasons:
             return "some layer is neither a target nor left alone, or both"
         return None

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from passes.elimination.label_walk import walk
 from passes.elimination.labels import compact
-from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Region, Regions
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.as_torch_made_it import change_of
 from passes.layers.channel_cut import channel_counts, is_depthwise, may_be_cut, present_plan
 from passes.layers.custom import Custom, is_custom
@@ -33,9 +32,10 @@ from passes.layers.norms import is_norm
 from passes.layers.plan import LayerPlan
 from passes.models.values import tensors_in
 from passes.options.names import holders_of
-from passes.tracing.regions import COUNTS, find_regions, mentions
+from passes.options.settings import SETTINGS
+from passes.tracing.regions import COUNTS, REGIONS, Regions, find_regions, mentions
 from passes.tracing.shapes import find_shapes
-from passes.tracing.trace import calls
+from passes.tracing.trace import Region, calls
 from passes.tracing.usage import Usage
 
 ReadingRule: TypeAlias = Callable[[Tensor], Tensor]
@@ -154,6 +154,9 @@ class Channels:
                     read[classes[reads[inputs]]] = True
 
 
+CHANNELS = Fact[Channels]("channels")
+
+
 def reading_rule(module: nn.Module) -> ReadingRule:
     """How a layer reads: from which of its filters are read, bool ``[C_out]``, to the inputs they read, ``[C_in]``."""
     if isinstance(module, Grouped):
@@ -256,14 +259,14 @@ def _obstacle(path: str, module: nn.Module, usage: Usage, holders: dict[int, int
 
 
 class ChannelAnalysis(Pass):
-    """Write who reads which channels of a lowered model, which it traces anew."""
+    """Find out who reads which channels of a lowered model, which it traces anew."""
 
     name = "channels"
-    ensures = ("regions", "channels")
+    requires = (SETTINGS,)
+    ensures = (REGIONS, CHANNELS)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Trace and analyse the model as it is now."""
-        settings = unit.settings
-        unit.regions = find_regions(unit.model, settings.example_inputs, settings.leaf_modules)
-        unit.channels = analyse(unit.model, unit.regions, settings.example_inputs)
-        return False
+        model, settings = compilation.model, compilation[SETTINGS]
+        regions = find_regions(model, settings.example_inputs, settings.leaf_modules)
+        return {REGIONS: regions, CHANNELS: analyse(model, regions, settings.example_inputs)}

@@ -13,15 +13,18 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx
 
-from passes.elimination.analysis import Channels
+from passes.elimination.analysis import CHANNELS, Channels
 from passes.errors import PassError
-from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Regions
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.channel_cut import Cut, apply_cuts
 from passes.layers.surgery import replace_module
 from passes.models.values import Plain, leaves, mapped
-from passes.tracing.regions import find_regions
+from passes.options.settings import SETTINGS
+from passes.tracing.regions import REGIONS, Regions, find_regions
 from passes.tracing.shapes import propagate_shapes, without_storage
+
+CUTS = Fact[dict[str, Cut]]("cuts")  # what was taken out of each module, by path
+UNCUT = Fact[dict[str, str]]("uncut")  # why modules that nobody reads whole were left as they are, by path
 
 
 def cuts_of(channels: Channels) -> dict[str, Cut]:
@@ -44,23 +47,25 @@ class Elimination(Pass):
     """Remove the filters that nobody reads from a lowered model."""
 
     name = "elimination"
-    requires = ("regions", "channels")
+    requires = (SETTINGS, REGIONS, CHANNELS)
+    ensures = (CUTS, UNCUT)
+    ends = (REGIONS, CHANNELS)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Cut the model by its channel analysis, or leave it whole, with a reason."""
-        cuts, model, settings = cuts_of(unit.channels), unit.model, unit.settings
+        model, settings, before = compilation.model, compilation[SETTINGS], compilation[REGIONS]
+        cuts = cuts_of(compilation[CHANNELS])
         if not cuts:
-            return False
+            return {CUTS: {}, UNCUT: {}}
         whole = {path: model.get_submodule(path) for path in cuts}
         apply_cuts(model, cuts)
         after = find_regions(model, settings.example_inputs, settings.leaf_modules)
-        if _programs(after) == _programs(unit.regions):
-            _check_shapes(unit.regions, after)
-            return True
+        if _programs(after) == _programs(before):
+            _check_shapes(before, after)
+            return {CUTS: cuts, UNCUT: {}}
         for path, module in whole.items():
             replace_module(model, path, module)
-            unit.channels.reasons[path] = "the model's own code computes with a layer's number of channels"
-        return False
+        return {CUTS: {}, UNCUT: dict.fromkeys(cuts, "the model's own code computes with a layer's number of channels")}
 
 
 def _check_shapes(before: Regions, after: Regions) -> None:

@@ -21,18 +21,18 @@ from passes.freezing.placing import place
 from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch
 from passes.freezing.thresholds import use_thresholds
-from passes.infra.compilation import Unit
-from passes.infra.facts import Region, Regions
+from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.models.copying import copy_model
 from passes.models.values import mapped
-from passes.options.settings import Settings
+from passes.options.settings import SETTINGS, Settings
 from passes.pipeline import ELIMINATION
 from passes.tracing.python_names import rename_keywords
-from passes.tracing.regions import find_regions
+from passes.tracing.regions import Regions, find_regions
 from passes.tracing.shapes import find_shapes
+from passes.tracing.trace import Region
 
 
 @dataclass
@@ -56,7 +56,7 @@ def without_unread_filters(model: nn.Module, inputs: tuple[object, ...]) -> nn.M
             module.__dict__[key].clear()
     small.requires_grad_(False)
     if any(isinstance(module, Grouped) for module in small.modules()):  # a dense layer reads all that there is
-        run_passes(ELIMINATION, Unit(small, Settings(example_inputs=inputs)))
+        run_passes(ELIMINATION, Compilation(small, {SETTINGS: Settings(example_inputs=inputs)}))
     return small
 
 

@@ -18,13 +18,13 @@ import operator
 from torch import Tensor, fx, nn
 
 from passes.freezing.recipe import FusedNorm, Recipe
-from passes.infra.facts import Region
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.channel_cut import works_on_filters
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.norms import is_affine
 from passes.tracing.mutation import is_held_elsewhere, is_unchanged
 from passes.tracing.operations import activation_of, is_sum, module_of, passes_on
+from passes.tracing.trace import Region
 
 TRAINING_ARGUMENT = {"dropout": 2, "dropout1d": 2, "dropout2d": 2, "dropout3d": 2, "stochastic_depth": 3}
 

@@ -17,12 +17,12 @@ from passes.freezing.candidates import Running, call_name, choose
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
 from passes.freezing.stopwatch import Stopwatch
-from passes.infra.facts import Region
 from passes.infra.random_state import seed_all
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import tensors_in
 from passes.options.arguments import call
 from passes.tracing.regions import find_regions
+from passes.tracing.trace import Region
 from passes.tracing.tracer import join
 
 

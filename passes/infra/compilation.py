@@ -1,90 +1,98 @@
-"""The unit of compilation, which the passes read and write one after the other, and what a pass is."""
+"""A compilation, which passes work on one after the other, the facts that they hand on, and what a pass is.
+
+A fact is something known of the model, under a key that says its type: ``REGIONS = Fact[Regions]("regions")``. The
+key stands beside the class of the data, or the pass that finds it out. What is known at the start is given to the
+compilation; all else is what passes return, and the manager alone writes it down.
+"""
 
 from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from passes.errors import PassError
-from passes.infra.facts import Groups, Regions, Target
-from passes.layers.plan import LayerPlan
-from passes.options.settings import Settings
 
 T = TypeVar("T")
 
 
 class Fact(Generic[T]):
-    """An attribute of a unit that some pass writes; reading it before then is an error that names it."""
+    """The key of something that is known of a model; it is itself, and no other of the same name."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        """Remember the attribute's name."""
+    def __init__(self, name: str) -> None:
+        """Take the name that messages call it by."""
         self.name = name
 
-    def __get__(self, unit: Unit, owner: type | None = None) -> T:
-        """Return the fact, or say that no pass has written it yet."""
-        if self.name not in unit.__dict__:
-            raise PassError(f"no pass has written {self.name!r} yet")
-        return cast(T, unit.__dict__[self.name])
-
-    def __set__(self, unit: Unit, value: T) -> None:
-        """Write the fact."""
-        unit.__dict__[self.name] = value
+    def __repr__(self) -> str:
+        """The name."""
+        return f"Fact({self.name!r})"
 
 
-class Unit:
-    """The state of one compilation: the model that is being rewritten, and the facts that passes write.
+Facts: TypeAlias = Mapping[Fact[Any], Any]
+
+
+class Compilation:
+    """The model that is being rewritten, and what is known of it.
 
     Attributes:
-        model: the model that is being rewritten.
-        settings: what was asked for.
-        limit: no layer is pruned beyond this share yet (a `Pruner` raises it step by step).
-        regions: the traced parts of the model, and what is known of the rest, by `trace`.
-        targets: what is asked of each layer that will be regrouped, keyed by module path, by `selection`.
-        reasons: why each other layer is left alone, by `selection`.
-        importance: ``[C_out, C_in]`` of each target, by `importance`.
-        grouping: labels and centroids of each target, by `grouping`.
-        plans: the plan of every layer, by `pruning`.
-        channels: who reads which channels of the lowered model, by `channels`.
+        model: the model; passes change it in place.
     """
 
-    regions = Fact[Regions]()
-    targets = Fact[dict[str, Target]]()
-    reasons = Fact[dict[str, str]]()
-    importance = Fact[dict[str, Tensor]]()
-    grouping = Fact[dict[str, Groups]]()
-    plans = Fact[dict[str, LayerPlan]]()
-    channels = Fact[Any]()  # a `Channels`, which stands in a later room
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        """Start with the model and the settings, and no facts."""
+    def __init__(self, model: nn.Module, facts: Facts | None = None) -> None:
+        """Take the model, and what is known at the start, such as the settings."""
         self.model = model
-        self.settings = settings
-        self.limit = 1.0
+        self._facts: dict[Fact[Any], Any] = dict(facts or {})
 
-    def forget(self, fact: str) -> None:
+    def __getitem__(self, fact: Fact[T]) -> T:
+        """Return a fact, or say that it is not known."""
+        if fact not in self._facts:
+            raise PassError(f"{fact.name!r} is not known: no pass has written it, or who asks does not require it")
+        return cast(T, self._facts[fact])
+
+    def __contains__(self, fact: Fact[Any]) -> bool:
+        """Whether a fact is known."""
+        return fact in self._facts
+
+    def only(self, *facts: Fact[Any]) -> Compilation:
+        """The same model with some of the facts."""
+        return Compilation(self.model, {fact: self[fact] for fact in facts})
+
+    def learn(self, facts: Facts) -> None:
+        """Write down what a pass has found out; for the manager alone."""
+        self._facts.update(facts)
+
+    def end(self, facts: Collection[Fact[Any]]) -> None:
+        """Let go of facts that do not hold any more; for the manager alone."""
+        self._facts = {fact: value for fact, value in self._facts.items() if fact not in facts}
+
+    def forget(self, fact: Fact[Any]) -> None:
         """Let go of a fact that nobody needs any more, such as graphs, which hold weights, and each other in cycles."""
-        del self.__dict__[fact]
+        del self._facts[fact]
         gc.collect()
-
-    def knows(self, fact: str) -> bool:
-        """Whether some pass has written `fact`."""
-        return fact in self.__dict__
 
 
 class Pass(ABC):
-    """One step of the compiler. It states which facts of the unit it needs and which it ensures."""
+    """One step of the compiler.
+
+    Attributes:
+        name: what messages call it.
+        requires: the facts that it reads; no others are to be had.
+        ensures: the facts that it returns, all of them and no others. One that it requires too is replaced.
+        ends: facts that do not hold any more once it has run, since it rewrites what they speak of.
+    """
 
     name: ClassVar[str]
-    requires: ClassVar[tuple[str, ...]] = ()
-    ensures: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[Fact[Any], ...]] = ()
+    ensures: ClassVar[tuple[Fact[Any], ...]] = ()
+    ends: ClassVar[tuple[Fact[Any], ...]] = ()
 
     @abstractmethod
-    def run(self, unit: Unit) -> bool:
-        """Do the work on `unit`; return whether the model was modified (facts alone do not count)."""
+    def run(self, compilation: Compilation) -> Facts | None:
+        """Rewrite the model in place, or find something out; return what it ensures, None if that is nothing."""
 
-    def check(self, unit: Unit) -> str | None:
-        """Return what is wrong with the result, or None. Called by the manager after `run`."""
+    def check(self, compilation: Compilation) -> str | None:
+        """Return what is wrong with the result, or None; asked by the manager after `run`, of what it ensures too."""
         return None

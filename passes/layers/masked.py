@@ -42,11 +42,9 @@ class Masked(Structured):
         """Connections that remain, bool ``[C_out, C_in]``."""
         return self._mask
 
-    def update(self, plan: LayerPlan) -> bool:
-        """Mask by a plan, in place; return whether the mask changed."""
-        before = self._mask.clone()
+    def update(self, plan: LayerPlan) -> None:
+        """Mask by a plan, in place."""
         self._set_structure(plan)
-        return not torch.equal(self._mask, before)
 
     def unmask(self) -> None:
         """Mask nothing, in place."""

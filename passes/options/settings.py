@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from passes.infra.compilation import Fact
+
 Criterion = Literal["l1", "l2"] | Callable[[Tensor], Tensor]
 
 NORMS = {"l1": 1, "l2": 2}  # the order of the norm that a criterion names
@@ -39,3 +41,6 @@ class Settings:
     seed: int = 0
     example_inputs: tuple[object, ...] | None = None
     leaf_modules: tuple[str, ...] = ()
+
+
+SETTINGS = Fact[Settings]("settings")

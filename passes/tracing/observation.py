@@ -7,13 +7,13 @@ the use is foreign, and the layer must stay as it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.facts import Observation
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
 from passes.models.values import mapped
@@ -22,6 +22,24 @@ from passes.options.names import holders_of
 from passes.tracing.parameter_use import ParameterWatch
 from passes.tracing.shapes import without_storage
 from passes.tracing.trace import Tracing
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What runs of the example inputs through copies of the model showed.
+
+    Attributes:
+        called: paths of the modules that were called, in order of execution, with the arguments of their first call
+            in each mode (tensors without storage).
+        foreign: paths of layers whose parameters were used outside their own call, with the operation.
+        strays: pairs of a module and one that holds it, where the first was called outside a call of the second.
+        failures: modes in which the inputs could not be run, with the reason.
+    """
+
+    called: dict[str, dict[str, tuple[tuple[object, ...], dict[str, object]]]]
+    foreign: dict[str, str]
+    strays: set[tuple[str, str]]
+    failures: dict[str, str]
 
 
 def observe(tracing: Tracing, example_inputs: tuple[object, ...]) -> Observation:

@@ -14,22 +14,55 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.infra.compilation import Pass, Unit
-from passes.infra.facts import Observation, Region, Regions
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.grouped import Grouped
-from passes.tracing.observation import observe
-from passes.tracing.trace import Tracing, UntraceableError
+from passes.options.names import covers
+from passes.options.settings import SETTINGS
+from passes.tracing.observation import Observation, observe
+from passes.tracing.trace import Region, Tracing, UntraceableError
 from passes.tracing.tracer import join
 
 ASKS_FOR_PARAMETERS = {"weight", "bias", "parameters", "named_parameters", "_parameters", "state_dict"}
 COUNTS = {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
 SETTING_UP = ("__init__", "_init", "reset", "_load")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The parts of a model that torch.fx can trace, and what is known of the rest.
+
+    Attributes:
+        parts: the regions, in the order of ``named_modules()``; none holds another.
+        untraceable: why the model could not be traced whole, or None if it was.
+        leaves: paths of the modules that were not to be traced into.
+        observation: what a run of the example inputs showed, where the regions do not cover the whole model.
+        closed: paths of the custom layers that are leaves, with the reason if their weight is not used as it is, or "".
+    """
+
+    parts: tuple[Region, ...]
+    leaves: frozenset[str] = frozenset()
+    untraceable: str | None = None
+    observation: Observation | None = None
+    closed: Mapping[str, str] = field(default_factory=dict)
+
+    def outside(self, path: str) -> str | None:
+        """Where a module lies that is in no graph: outside every region, or in a leaf module; None if it is in one."""
+        leaf = next((leaf for leaf in self.leaves if covers(leaf, path)), None)
+        if leaf is not None:
+            return f"inside the leaf module {leaf!r}"
+        if any(covers(region.path, path) for region in self.parts):
+            return None
+        return f"outside every part that can be traced ({self.untraceable})"
+
+
+REGIONS = Fact[Regions]("regions")
 
 
 def find_regions(
@@ -107,9 +140,10 @@ class Trace(Pass):
     """Write the regions of the model."""
 
     name = "trace"
-    ensures = ("regions",)
+    requires = (SETTINGS,)
+    ensures = (REGIONS,)
 
-    def run(self, unit: Unit) -> bool:
+    def run(self, compilation: Compilation) -> Facts:
         """Trace the model, whole or in parts."""
-        unit.regions = find_regions(unit.model, unit.settings.example_inputs, unit.settings.leaf_modules)
-        return False
+        settings = compilation[SETTINGS]
+        return {REGIONS: find_regions(compilation.model, settings.example_inputs, settings.leaf_modules)}

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.facts import Region
 from passes.infra.random_state import own_random_state
 from passes.layers.as_torch_made_it import change_of
 from passes.models.copying import unhooked_copy
@@ -41,6 +41,27 @@ from passes.tracing.shapes import forget_shapes, propagate_shapes
 from passes.tracing.tracer import Tracer, has_global_hooks, join
 
 RUNNING_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that torch.fx can trace.
+
+    Attributes:
+        path: path of its root in the model; "" for the whole model.
+        graphs: a graph for each mode: "eval", "train", and "mixed" where the model's own modes are.
+        read: paths of the parameters that operations used while tracing, outside of a layer's own call.
+        opened: paths of the custom layers that were traced into: a plain layer is called under their path.
+    """
+
+    path: str
+    graphs: dict[str, fx.GraphModule]
+    read: frozenset[str] = frozenset()
+    opened: frozenset[str] = frozenset()
+
+    def module_path(self, node: fx.Node) -> str:
+        """Path in the model of the module or tensor that a node of one of the graphs names."""
+        return f"{self.path}.{node.target}" if self.path else str(node.target)
 
 
 class UntraceableError(InputError):

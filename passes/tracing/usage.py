@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.infra.facts import Regions
 from passes.layers.surgery import hook_dicts
 from passes.models.rebinding import held_by
 from passes.options.names import holders_of
+from passes.tracing.regions import Regions
 from passes.tracing.trace import calls
 
 

@@ -12,7 +12,7 @@ import passes
 ROOT = Path(passes.__file__).parent
 # As data flows. The kernel stands early: it knows nothing of the compiler.
 ORDER = (
-    "errors", "kernel", "layers", "options", "infra", "models", "tracing", "compression", "elimination", "pipeline",
+    "errors", "kernel", "infra", "layers", "options", "models", "tracing", "compression", "elimination", "pipeline",
     "calibration", "freezing",
 )  # fmt: skip
 

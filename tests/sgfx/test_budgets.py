@@ -14,8 +14,8 @@ from torch import nn
 import sgfx
 from passes.calibration.budget import GRID, _halves, allocate, error_curve, settle
 from passes.calibration.layer_solver import Sample
+from passes.compression.grouping import Groups
 from passes.compression.pruning import truncate
-from passes.infra.facts import Groups
 from tests.passes.calibration.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 

@@ -59,9 +59,9 @@ def test_a_fault_in_the_kernel_is_named(monkeypatch, layer):
 def test_a_fault_in_elimination_is_named(monkeypatch):
     run_passes = assemble.run_passes
 
-    def wrong(each, unit):
-        run_passes(each, unit)
-        unit.model.conv2.weight.data.mul_(2)
+    def wrong(each, compilation):
+        run_passes(each, compilation)
+        compilation.model.conv2.weight.data.mul_(2)
 
     monkeypatch.setattr(assemble, "run_passes", wrong)
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)

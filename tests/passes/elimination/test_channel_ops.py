@@ -16,7 +16,7 @@ from passes.elimination import operations as channel_ops
 from passes.elimination.analysis import Channels
 from passes.elimination.label_walk import _Walk
 from passes.elimination.labels import along
-from passes.infra.facts import Region
+from passes.tracing.trace import Region
 from tests.passes.elimination.test_elimination import IMAGES, Chain, check_equal, compiled
 from tests.tools.operation_calls import MODULES, OPERATIONS
 

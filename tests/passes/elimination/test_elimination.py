@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.elimination.analysis import analyse
-from passes.elimination.elimination import cuts_of
+from passes.elimination.elimination import CUTS, UNCUT
 from passes.elimination.labels import along
 from passes.elimination.rules import moving
-from passes.infra.compilation import Unit
+from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
 from passes.layers.channel_cut import cuts
-from passes.options.settings import Settings
+from passes.options.settings import SETTINGS, Settings
 from passes.pipeline import ELIMINATION
 from passes.tracing.regions import find_regions
 
@@ -343,10 +343,10 @@ def test_a_forward_that_computes_with_a_layers_number_of_channels_keeps_them(cou
     dense, small = compiled(Model())
     assert cuts(small) == {}
     check_equal(dense, small)
-    unit = Unit(small, Settings(example_inputs=(IMAGES,)))
-    assert not run_passes(ELIMINATION, unit)
-    reasons = {unit.channels.reasons[path] for path in cuts_of(unit.channels)}
-    assert reasons == {"the model's own code computes with a layer's number of channels"}
+    compilation = Compilation(small, {SETTINGS: Settings(example_inputs=(IMAGES,))})
+    run_passes(ELIMINATION, compilation)
+    assert cuts(small) == compilation[CUTS] == {}
+    assert set(compilation[UNCUT].values()) == {"the model's own code computes with a layer's number of channels"}
 
 
 def test_code_that_is_not_traced_and_asks_for_the_number_of_channels_keeps_them():

@@ -9,11 +9,11 @@ import sgfx
 from passes.freezing.constants import absorbed, constant_filters, fold_constants, pads_with_zeros
 from passes.freezing.fusion import fuse
 from passes.freezing.recipe import LibraryLayer, Recipe
-from passes.infra.facts import Region
 from passes.layers.grouped import GROUPED
 from passes.layers.plan import LayerPlan, attach_plan
 from passes.tracing.regions import find_regions
 from passes.tracing.shapes import find_shapes
+from passes.tracing.trace import Region
 
 
 def grouped(layer, labels, keep):

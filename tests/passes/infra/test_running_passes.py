@@ -10,14 +10,20 @@ from torch import nn
 
 from passes.compression.lowering import Lowering
 from passes.compression.masking import Masking
+from passes.compression.pruning import PLANS
+from passes.compression.selection import TARGETS
 from passes.errors import InputError, PassError
-from passes.infra.compilation import Pass, Unit
+from passes.infra.compilation import Compilation, Fact, Pass
 from passes.infra.manager import run_passes
 from passes.layers.grouped import Grouped
 from passes.layers.masked import Masked
 from passes.layers.plan import plans
 from passes.options.checks import checked_settings
-from passes.pipeline import ANALYSIS, LOWERING, PLANNING, PRUNING_STEP
+from passes.options.settings import SETTINGS
+from passes.pipeline import ANALYSIS, GROUPING, LOWERING, PRUNING, pruning_step
+from passes.tracing.regions import REGIONS
+
+PLANNING = GROUPING + PRUNING
 
 
 class Net(nn.Module):
@@ -41,10 +47,10 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-def fresh_unit(**options):
+def fresh(**options):
     torch.manual_seed(0)
     model = Net().double()
-    return Unit(model, checked_settings(model, **({"ratio": 0.5, "groups": 3} | options)))
+    return Compilation(model, {SETTINGS: checked_settings(model, **({"ratio": 0.5, "groups": 3} | options))})
 
 
 IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -52,47 +58,51 @@ IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator(
 
 @pytest.mark.parametrize("number", range(len(ANALYSIS + PLANNING)))
 def test_passes_that_analyse_write_their_facts_and_leave_the_model(number):
-    unit = fresh_unit()
-    run_passes((ANALYSIS + PLANNING)[:number], unit)
+    compilation = fresh()
+    run_passes((ANALYSIS + PLANNING)[:number], compilation)
     each = (ANALYSIS + PLANNING)[number]
-    assert not any(unit.knows(fact) for fact in each.ensures)
-    before = copy.deepcopy(unit.model)
-    assert run_passes([each], unit) is False
-    assert all(unit.knows(fact) for fact in each.ensures)
-    assert run_passes([each], unit) is False
-    assert torch.equal(unit.model(IMAGES), before(IMAGES))
+    assert not any(fact in compilation for fact in each.ensures)
+    before, modules = copy.deepcopy(compilation.model), dict(compilation.model.named_modules())
+    run_passes([each, each], compilation)
+    assert all(fact in compilation for fact in each.ensures)
+    assert dict(compilation.model.named_modules()) == modules
+    assert torch.equal(compilation.model(IMAGES), before(IMAGES))
 
 
 @pytest.mark.parametrize(("rewriting", "layers"), [(Masking(), Masked), (Lowering(), Grouped)])
-def test_passes_that_rewrite_say_so_once_and_agree_with_each_other(rewriting, layers):
-    unit = fresh_unit()
-    run_passes(ANALYSIS + PLANNING, unit)
-    oracle = copy.deepcopy(unit.model)
-    for path, plan in unit.plans.items():
+def test_passes_that_rewrite_do_so_once_and_agree_with_each_other(rewriting, layers):
+    compilation = fresh()
+    run_passes(ANALYSIS + PLANNING, compilation)
+    oracle = copy.deepcopy(compilation.model)
+    for path, plan in compilation[PLANS].items():
         if plan.grouped:
             weight = oracle.get_submodule(path).weight
             weight.data *= plan.keep[plan.labels].view(*weight.shape[:2], *[1] * (weight.dim() - 2))
-    assert run_passes([rewriting], unit) is True
-    assert run_passes([rewriting], unit) is False
-    assert {p for p, m in unit.model.named_modules() if isinstance(m, layers)} == unit.targets.keys()
-    assert plans(unit.model) == unit.plans
+    run_passes([rewriting], compilation)
+    assert REGIONS not in compilation
+    modules = dict(compilation.model.named_modules())
+    run_passes([rewriting], compilation)
+    assert dict(compilation.model.named_modules()) == modules
+    assert {p for p, m in compilation.model.named_modules() if isinstance(m, layers)} == compilation[TARGETS].keys()
+    assert plans(compilation.model) == compilation[PLANS]
     for training in (False, True):
-        unit.model.train(training)
+        compilation.model.train(training)
         oracle.train(training)
-        assert torch.allclose(unit.model(IMAGES), oracle(IMAGES), rtol=1e-10, atol=1e-12)
+        assert torch.allclose(compilation.model(IMAGES), oracle(IMAGES), rtol=1e-10, atol=1e-12)
 
 
 def test_masking_again_with_other_plans_updates_masks_in_place():
-    unit = fresh_unit()
-    run_passes(ANALYSIS + PRUNING_STEP, unit)
-    layer = unit.model.get_submodule("left")
+    compilation = fresh()
+    run_passes(ANALYSIS + pruning_step(1.0), compilation)
+    layer = compilation.model.get_submodule("left")
     mask, weight = layer.mask, layer.weight
-    unit.limit = 0.25
-    assert run_passes(PRUNING_STEP, unit) is True
-    assert unit.model.get_submodule("left") is layer
+    before = mask.clone()
+    run_passes(pruning_step(0.25), compilation)
+    assert compilation.model.get_submodule("left") is layer
     assert layer.mask is mask
     assert layer.weight is weight
-    assert torch.equal(mask, unit.plans["left"].mask())
+    assert torch.equal(mask, compilation[PLANS]["left"].mask())
+    assert not torch.equal(mask, before)
 
 
 class Broken(Pass):
@@ -102,22 +112,22 @@ class Broken(Pass):
     requires = ()
     ensures = ()
 
-    def __init__(self, run=lambda unit: False, problem=None):
+    def __init__(self, run=lambda compilation: None, problem=None):
         self._run, self._problem = run, problem
 
-    def run(self, unit):
-        return self._run(unit)
+    def run(self, compilation):
+        return self._run(compilation)
 
-    def check(self, unit):
+    def check(self, compilation):
         return self._problem
 
 
 class Promising(Broken):
-    ensures = ("plans",)
+    ensures = (PLANS,)
 
 
 def failing(error):
-    def run(unit):
+    def run(compilation):
         raise error
 
     return run
@@ -125,41 +135,56 @@ def failing(error):
 
 def test_a_pass_that_lacks_what_it_requires_is_named():
     with pytest.raises(PassError, match=r"pass 'selection' requires regions \(ran before it: nothing\)"):
-        run_passes(ANALYSIS[1:], fresh_unit())
+        run_passes(ANALYSIS[1:], fresh())
 
 
 def test_a_failure_names_the_pass_and_what_ran_before_and_chains_its_cause():
     cause = KeyError("conv")
     with pytest.raises(PassError, match=r"pass 'broken' failed \(ran before it: trace, selection\): 'conv'") as error:
-        run_passes([*ANALYSIS, Broken(failing(cause))], fresh_unit())
+        run_passes([*ANALYSIS, Broken(failing(cause))], fresh())
     assert error.value.__cause__ is cause
 
 
 def test_bad_input_passes_through_as_it_is():
     with pytest.raises(InputError, match=r"^the weights are bad$"):
-        run_passes([Broken(failing(InputError("the weights are bad")))], fresh_unit())
+        run_passes([Broken(failing(InputError("the weights are bad")))], fresh())
 
 
 def test_promises_and_results_are_checked():
     with pytest.raises(PassError, match="pass 'broken' did not leave plans"):
-        run_passes([Promising()], fresh_unit())
+        run_passes([Promising()], fresh())
     with pytest.raises(PassError, match=r"pass 'broken' left a wrong result \(ran before it: trace\): all is lost"):
-        run_passes([ANALYSIS[0], Broken(problem="all is lost")], fresh_unit())
+        run_passes([ANALYSIS[0], Broken(problem="all is lost")], fresh())
 
 
 def test_reading_a_fact_that_no_pass_has_written_is_an_error():
-    with pytest.raises(PassError, match="no pass has written 'plans' yet"):
-        _ = fresh_unit().plans
+    with pytest.raises(PassError, match="'plans' is not known: no pass has written it"):
+        _ = fresh()[PLANS]
+
+
+def test_a_pass_leaves_no_more_than_it_states():
+    with pytest.raises(PassError, match=r"pass 'broken' left plans, which it does not state \(ran before"):
+        run_passes([Broken(lambda _: {PLANS: {}})], fresh())
+
+
+def test_a_pass_reads_no_more_than_it_states():
+    with pytest.raises(PassError, match=r"pass 'broken' failed .*'settings' is not known: .* does not require it"):
+        run_passes([Broken(lambda compilation: compilation[SETTINGS])], fresh())
+
+
+def test_facts_are_told_apart_by_themselves_and_not_by_their_names():
+    with pytest.raises(PassError, match="did not leave plans"):
+        run_passes([Promising(lambda _: {Fact("plans"): {}})], fresh())
 
 
 def test_wrong_results_are_found_by_the_passes_own_checks():
-    unit = fresh_unit()
-    run_passes(ANALYSIS + PRUNING_STEP, unit)
-    unit.model.get_submodule("left").mask.fill_(True)
-    assert "mask of layer 'left'" in (Masking().check(unit) or "")
-    run_passes(LOWERING, unit)
-    unit.model.right = nn.Conv2d(8, 8, 1)
-    assert "layer 'right' was not lowered" in (Lowering().check(unit) or "")
+    compilation = fresh()
+    run_passes(ANALYSIS + pruning_step(1.0), compilation)
+    compilation.model.get_submodule("left").mask.fill_(True)
+    assert "mask of layer 'left'" in (Masking().check(compilation) or "")
+    run_passes(LOWERING, compilation)
+    compilation.model.right = nn.Conv2d(8, 8, 1)
+    assert "layer 'right' was not lowered" in (Lowering().check(compilation) or "")
 
 
 @st.composite
@@ -211,10 +236,10 @@ def draw_kernel(kind):
 @given(networks(), st.integers(1, 6), st.floats(0, 0.95), st.integers(0, 1000))
 def test_masked_equals_lowered_on_random_networks(model, groups, ratio, seed):
     model = model.double()
-    unit = Unit(model, checked_settings(model, groups=groups, ratio=ratio, seed=seed))
-    run_passes(ANALYSIS + PRUNING_STEP, unit)
-    small = Unit(copy.deepcopy(model), unit.settings)
-    small.plans = unit.plans
+    asked = checked_settings(model, groups=groups, ratio=ratio, seed=seed)
+    compilation = Compilation(model, {SETTINGS: asked})
+    run_passes(ANALYSIS + pruning_step(1.0), compilation)
+    small = Compilation(copy.deepcopy(model), {SETTINGS: asked, PLANS: compilation[PLANS]})
     run_passes(LOWERING, small)
     for training in (False, True):
         outputs = []
@@ -225,7 +250,7 @@ def test_masked_equals_lowered_on_random_networks(model, groups, ratio, seed):
             output.square().sum().backward()
             outputs.append(output.detach())
         assert torch.allclose(outputs[0], outputs[1], rtol=1e-10, atol=1e-11)
-        for path, plan in unit.plans.items():
+        for path, plan in compilation[PLANS].items():
             if plan.grouped:
                 compare_gradients(model.get_submodule(path).weight.grad, small.model.get_submodule(path), plan)
 

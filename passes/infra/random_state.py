@@ -63,8 +63,15 @@ def _preserved_elsewhere() -> Iterator[None]:
     finally:
         if random.getstate() != python:
             random.setstate(python)
-        if repr(np.random.get_state(legacy=False)["state"]) != repr(numpy["state"]):
+        if not _are_equal(np.random.get_state(legacy=False), numpy):
             np.random.set_state(numpy)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same: dicts of dicts, arrays and numbers."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    return bool(np.array_equal(one, other))
 
 
 def seed_all(seed: int) -> None:

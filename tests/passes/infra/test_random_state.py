@@ -109,3 +109,14 @@ def test_other_threads_never_draw_the_same_numbers_twice():
     expected.set_state(torch.get_rng_state())
     assert len(drawn) > 10
     assert drawn == [tuple(torch.rand(4, generator=expected).tolist()) for _ in drawn]
+
+
+def test_a_number_that_numpy_had_in_store_is_given_back():
+    """Gaussians are made in pairs: drawing the second moves nothing but the store."""
+    np.random.seed(0)
+    np.random.standard_normal()
+    before = np.random.get_state(legacy=False)
+    with preserved_random_state():
+        second = np.random.standard_normal()
+    assert (before["has_gauss"], np.random.get_state(legacy=False)["has_gauss"]) == (1, 1)
+    assert np.random.standard_normal() == second

@@ -208,7 +208,9 @@ class Tracing:
         self.closed.update((join(path, each), reason) for each, reason in closed.items())
         make_callable(graph)
         with replaced(root, plain | as_they_are(layers, plain)):
-            return fx.GraphModule(tracer.root, graph), set(plain), watch.used
+            made = fx.GraphModule(tracer.root, graph)
+        tracer.root = nn.Module()  # torch.fx leaves the tracer in a cycle of closures, and the weights with it
+        return made, set(plain), watch.used
 
 
 def _first_sentence(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Settings of the whole test run, and the stopwatch by which no test depends."""
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,12 @@ torch.set_num_threads(1)
 # How long an example takes says nothing there, either.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """Take what is there for good, such as the modules, out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

@@ -62,7 +62,8 @@ def _check_model(state: Mapping[str, Any], file: Path, model: nn.Module) -> None
         if code in state and not torch.equal(own[code].cpu(), state[code].cpu()):
             raise InputError(
                 f"{file} belongs to a model of another structure: layer {path!r} is grouped or masked otherwise than "
-                "here. Compile with the options of before, or open the weights with sgfx.load"
+                "here. Compile with the options of before, or load the state of the Pruner first; sgfx.load opens the "
+                "weights of a compiled model"
             )
     kinds, given = ({name: _kind(value) for name, value in each.items()} for each in (own, state))
     wrong = sorted(name for name in kinds.keys() | given.keys() if kinds.get(name) != given.get(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -79,12 +80,15 @@ class Loop:
         return {
             "random": global_state() if running else None,
             "data": self._before_epoch if running else self._train_data.states(),
+            "val": {} if self._val_data is None else self._val_data.states(),
             "transform": states_of(generators_in(self._settings.transform)),
             "sums": self._sums.state() if running else None,
         }
 
     def load_process_state(self, state: dict[str, Any]) -> None:
         """Go on from what `process_state` gave, in the position that belongs to it."""
+        if self._val_data is not None:  # first: a generator may be of both, and belongs to the begin of the epoch then
+            self._val_data.set_states(state["val"])
         self._train_data.set_states(state["data"])
         set_states(generators_in(self._settings.transform), state["transform"])
         self._resumed = state if state["random"] is not None else None
@@ -114,7 +118,11 @@ class Loop:
             {} if self._val_data is None else self._validate(self._val_data),
             means if len(means) > 1 else {},
         )
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step"
+            )  # the steps were made before a kill
+            self.scheduler.step()
         position.epoch, position.batch = position.epoch + 1, 0
         return record
 
@@ -136,8 +144,9 @@ class Loop:
             if pending == accumulate:
                 self._step()
                 pending = 0
-                self._after_step()
-            if position.batches == self._settings.iterations:
+                if number != len(self._train_data) and not self.is_over():  # else the epoch's own is due
+                    self._after_step()
+            if self.is_over():
                 break
         if pending:
             self._complete(accumulate / pending)

@@ -11,6 +11,7 @@ What `run` keeps in its folder:
 
 - ``local-01/``, ``local-02/``, …: the folders of the `sgfx.Trainer` of each pruning step;
 - ``pruner.pt``: the `sgfx.Pruner`, as it was when its last step began;
+- ``generators.pt``: the states of random generators that the data have of their own, before global training;
 - ``compressed.safetensors``: the lowered model, before global training (`sgfx.load` opens it);
 - ``global/``: the folder of its trainer;
 - ``log.csv``: a row for each epoch of all phases that are over;

@@ -182,11 +182,16 @@ class Recorder:
         """Take over a checkpoint that was checked."""
         folder = self._folder
         assert folder is not None
-        mine = found["processes"][self._accelerator.process_index]
-        loop.load_process_state(mine)  # first: it may still refuse
-        try:
+        try:  # first: what may still be refused
+            position = Position(**found["position"])
+            records = [EpochRecord(**record) for record in found["records"]]
+            loop.load_process_state(found["processes"][self._accelerator.process_index])
             loop.optimizer.load_state_dict(found["optimizer"])
+        except (TypeError, LookupError, AttributeError) as error:
+            raise InputError(f"{folder.last} is damaged ({error}); bring back a copy, or begin anew") from error
         except ValueError as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder.last} was made with another optimizer: {error}") from error
         loop.model.load_state_dict(found["model"])
         if loop.averaged is not None:
@@ -195,8 +200,7 @@ class Recorder:
         loop.scheduler.load_state_dict(found["scheduler"])
         if self._accelerator.scaler is not None and found["scaler"]:
             self._accelerator.scaler.load_state_dict(found["scaler"])
-        loop.position = Position(**found["position"])
-        self.records = [EpochRecord(**record) for record in found["records"]]
+        loop.position, self.records = position, records
         self._saved = _where(folder.last, loop.position)
         self._found = None
         if self._accelerator.is_main_process:

@@ -126,9 +126,11 @@ def read_plain(path: Path, kind: str) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("sgfx") != kind:
         raise InputError(f"{path} is no {kind} that sgfx wrote; give another folder")
-    if content["format"] > FORMAT:
+    if not isinstance(version := content.get("format"), int):
+        raise InputError(f"{path} is damaged: it says that its format is {version!r}; bring back a copy")
+    if version > FORMAT:
         raise InputError(
-            f"{path} was written by a newer sgfx (format {content['format']}; this one reads {FORMAT}): upgrade with "
+            f"{path} was written by a newer sgfx (format {version}; this one reads {FORMAT}): upgrade with "
             "pip install --upgrade sgfx"
         )
     return content

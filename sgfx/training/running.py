@@ -24,6 +24,7 @@ from sgfx.pruner import Pruner, Step
 from sgfx.training.accelerator import own_accelerator
 from sgfx.training.history import EpochRecord, History
 from sgfx.training.loading import Data
+from sgfx.training.random_states import generators_in, set_states, states_of
 from sgfx.training.run_folder import RunFolder, read_plain, write_csv, write_plain
 from sgfx.training.trainer import Trainer
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sgfx.training.recipes import Phase, Recipe
 
 M = TypeVar("M", bound=nn.Module)
-KIND = "pruner"
+KIND, GENERATORS = "pruner", "generators"
 DECIDED = ("step", "finetune", "inplace")  # options of compile that a recipe decides
 LATER = ("budget", "calibration", "eliminate")  # and those that a Pruner doesn't know
 Steps = list[tuple[Step, History]]
@@ -74,6 +75,9 @@ class Run(Generic[M]):
         self._compression, self._training, self._seed = dict(compression), dict(training), seed
         self._folder, self._resume = folder, resume
         self.steps: Steps = []
+        options = [] if recipe.local is None else [recipe.local.options]
+        transforms = [each.get("transform") for each in (*options, recipe.last.options)]
+        self._generators = generators_in([train_data, val_data, compression.get("calibration"), *transforms])
         for name in DECIDED:
             if name in compression:
                 raise InputError(f"{name} is decided by the recipe: leave it out, or change the recipe")
@@ -95,16 +99,18 @@ class Run(Generic[M]):
         """The model as the last phase begins with it."""
         if not self._recipe.compresses:
             return self._model
-        if "compressed.safetensors" in self._there:
-            assert self._folder is not None
+        if self._folder is not None and "compressed.safetensors" in self._there:
             if "pruner.pt" in self._there:
                 self.steps = _read_steps(read_plain(self._folder / "pruner.pt", KIND)["steps"])
+            self._draw_on(read_plain(self._folder / "generators.pt", GENERATORS)["processes"])
             return load(self._folder / "compressed.safetensors", into=copy_model(self._model))
         step, local = self._recipe.step, self._recipe.local
         if step is None or local is None:
             small = compiled(self._model, **self._compression)
         else:
             small = self._in_steps(step, local)
+        drawn = {"processes": self._drawn()}
+        self._write("generators.pt", lambda path: write_plain(path, GENERATORS, drawn))
         self._write("compressed.safetensors", lambda path: save(small, path))
         return small
 
@@ -142,6 +148,7 @@ class Run(Generic[M]):
         if saved is not None:
             pruner.load_state_dict(saved["pruner"])
             self.steps = _read_steps(saved["steps"])
+            self._draw_on(saved["processes"])
         for step in pruner:
             self._keep(pruner, known, step.index - 1)
             self.steps.append((step, self.train(_local(step.index), pruner.model, phase, step.index)))
@@ -170,6 +177,7 @@ class Run(Generic[M]):
         content = {
             "pruner": pruner.state_dict(),
             "overrides": known.get("overrides"),
+            "processes": self._drawn(),
             "steps": [[asdict(step), [each.to_dict() for each in history.epochs]] for step, history in self.steps],
         }
 
@@ -178,6 +186,17 @@ class Run(Generic[M]):
             RunFolder(path.parent / _local(done)).last.unlink(missing_ok=True)
 
         self._write("pruner.pt", write)
+
+    def _drawn(self) -> list[Any]:
+        """The states of the data's generators, in all processes: a phase that begins anew must draw on from there."""
+        from accelerate.utils import gather_object
+
+        with own_accelerator():
+            return list(gather_object([states_of(self._generators)]))
+
+    def _draw_on(self, processes: list[Any]) -> None:
+        with own_accelerator() as accelerator:
+            set_states(self._generators, processes[accelerator.process_index])
 
     def _rows(self, last: History | None) -> list[dict[str, Any]]:
         rows = [
@@ -190,7 +209,8 @@ class Run(Generic[M]):
     def _open(self, folder: Path) -> None:
         """Make the folder this run's, or see that it is."""
         about = folder / "recipe.json"
-        mine = json.dumps({"recipe": asdict(self._recipe), "compression": self._compression}, indent=2, default=_brief)
+        about_run = {"recipe": asdict(self._recipe), "compression": self._compression, "seed": self._seed}
+        mine = json.dumps(about_run, indent=2, default=_brief)
         if about.exists() and not self._resume:
             raise InputError(f"{folder} holds a run already: go on with resume=True, or give another folder")
         if about.exists() and (theirs := about.read_text(encoding="utf-8")) != mine:

@@ -162,7 +162,14 @@ def test_a_baseline_trains_the_model_itself(tmp_path):
 def test_the_folder(tmp_path):
     outcome = run("cifar-local-global", folder=tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.*")) == [
-        *("compressed.safetensors", "final.safetensors", "global/best.pt", "global/last.pt", "global/log.csv"),
+        *(
+            "compressed.safetensors",
+            "final.safetensors",
+            "generators.pt",
+            "global/best.pt",
+            "global/last.pt",
+            "global/log.csv",
+        ),
         *("local-01/best.pt", "local-01/log.csv", "local-02/best.pt", "local-02/log.csv", "log.csv", "pruner.pt"),
         "recipe.json",
     ]

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import sgfx
 from passes.errors import InputError
-from sgfx.training import run_folder
+from sgfx.files import files
+from sgfx.training import run_folder, running
 from sgfx.training.run_folder import read_plain
 from tests.sgfx.test_training import same_weights
 from tests.tools.fresh_processes import start
@@ -29,6 +31,7 @@ from tests.tools.interrupted_training import (
     Noisy,
     follow,
     follow_to_the_end,
+    kept_in,
     loader,
     network,
     train,
@@ -60,11 +63,11 @@ def cut(monkeypatch, files, folder, **options):
 def test_wherever_it_is_cut_the_weights_are_the_same(tmp_path, monkeypatch):
     whole, trainer, history = train(tmp_path / "whole", checkpoint_steps=2)
     assert len(history.epochs) == 2
-    for files in (0, 1, 3, 4, 6, 9):  # checkpoints are made after steps 2, 4, 5, 6, 8 and 10, and logs between
-        folder = tmp_path / str(files)
-        cut(monkeypatch, files, folder, checkpoint_steps=2)
+    for count in (0, 1, 3, 4, 6, 8):  # checkpoints are made after steps 2, 4, 5, 6, 8 and 10, and logs between
+        folder = tmp_path / str(count)
+        cut(monkeypatch, count, folder, checkpoint_steps=2)
         again, resumed, records = train(folder, checkpoint_steps=2, resume=True)
-        assert same_weights(whole, again), files
+        assert same_weights(whole, again), count
         assert same_weights(trainer.averaged, resumed.averaged)
         assert records == history
         assert (folder / "log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
@@ -123,6 +126,37 @@ def test_a_process_that_is_killed_three_times_in_a_recipe(tmp_path):
     assert [row.split(",")[:2] for row in rows[1:]] == [["local", "1"]] * 2 + [["local", "2"]] * 2 + [
         ["global", ""]
     ] * 2
+
+
+@pytest.mark.parametrize(
+    "number", [("pruner.pt", 2), ("last.pt", 7), ("generators.pt", 1), ("compressed.safetensors", 1), ("last.pt", 13)]
+)
+def test_a_recipe_that_is_cut_between_two_phases(tmp_path, monkeypatch, finished, number):
+    """Where a phase begins anew, what the data have drawn before must not be drawn again."""
+    name, times = number
+    written = []
+    write = run_folder.replacing
+
+    def replacing(path):
+        written.append(Path(path).name)
+        if written.count(name) == times and written[-1] == name:
+            raise Cut
+        return write(path)
+
+    with monkeypatch.context() as patch:
+        for module in (run_folder, running, files):
+            patch.setattr(module, "replacing", replacing)
+        with pytest.raises(Cut):
+            follow(tmp_path, resume=True)
+    follow(tmp_path, resume=True)
+    assert kept_in(tmp_path) == finished
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    follow(folder, resume=True)
+    return kept_in(folder)
 
 
 # What is refused

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import sgfx
+from sgfx.training.recipes import Phase
 
 EXAMPLES, BATCH = 40, 8
 
@@ -70,18 +71,18 @@ def train(folder: Path | None, *, resume: bool = False, **options: Any) -> tuple
     return model, trainer, trainer.fit()
 
 
-def follow(folder: Path | None, *, resume: bool = False) -> Any:
-    """Run a recipe: two pruning steps with six iterations each, then two epochs."""
-    local, last = (replace(phase, options={**OPTIONS, "checkpoint_steps": 1}) for phase in _phases())
+def follow(folder: Path | None, *, resume: bool = False, longer: int = 1) -> Any:
+    """Run a recipe: two pruning steps with six iterations each, then two epochs, or so many times as many."""
+    local, last = (replace(phase, options={**OPTIONS, "checkpoint_steps": 1}) for phase in _phases(longer))
     if folder is None:
         local, last = (replace(phase, options=OPTIONS) for phase in (local, last))
     recipe = replace(sgfx.recipe("cifar-local-global"), step=0.3, groups=2, local=local, last=last)
     return recipe.run(network(), loader(), ratio=0.5, folder=folder, resume=resume, progress=False)
 
 
-def _phases() -> tuple[Any, Any]:
-    recipe = sgfx.recipe("cifar-local-global")
-    return replace(recipe.local, epochs=None, iterations=6), replace(recipe.last, epochs=2, schedule=(1,))  # type: ignore[type-var]
+def _phases(longer: int) -> tuple[Phase, Phase]:
+    local = Phase(epochs=None, lr=0.001, iterations=6 * longer)
+    return local, Phase(epochs=2 * longer, lr=0.01, schedule=(longer,))
 
 
 def follow_as_one_of_several(folder: Path) -> None:
@@ -90,6 +91,21 @@ def follow_as_one_of_several(folder: Path) -> None:
     torch.save(outcome.model.state_dict(), folder / f"{os.environ['RANK']}.pt")
 
 
-def follow_to_the_end(folder: Path) -> None:
+def follow_to_the_end(folder: Path, longer: int = 1) -> None:
     """The recipe as a process of its own runs it, by the same call whether it is the first or not."""
-    follow(folder / "run", resume=True)
+    follow(folder / "run", resume=True, longer=longer)
+
+
+def kept_in(run: Path) -> dict[str, Any]:
+    """What a finished recipe leaves: the model and the log byte for byte, checkpoints number for number."""
+    files = {name: (run / name).read_bytes() for name in ("compressed.safetensors", "final.safetensors", "log.csv")}
+    checkpoints = ("pruner.pt", "generators.pt", "global/last.pt")
+    return files | {name: _plain(torch.load(run / name, weights_only=True)) for name in checkpoints}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -132,9 +132,9 @@ class Loop:
         self.optimizer.zero_grad()  # of whatever the caller computed before
         pending = 0  # batches whose gradients wait for a step
         for number, raw, labels in self._begun():
-            if (position.epoch, number) == (1, 1):
-                self._rehearse(raw)
             inputs, targets = self._transformed(raw, labels)
+            if (position.epoch, number) == (1, 1):
+                self._rehearse(inputs)
             pending += 1
             with self._apart(alone=pending < accumulate):
                 lesson = self.task.lesson(self.model, self._call, inputs, targets)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from passes.errors import InputError
@@ -65,7 +65,8 @@ class Source:
         is_loader: whether they are a DataLoader, and can be gone on with in the middle of an epoch.
 
     Raises:
-        InputError: there are several processes, and `data` are no DataLoader that could be divided among them.
+        InputError: there are several processes, and `data` are no DataLoader that could be divided among them, or one
+            that divides itself.
     """
 
     def __init__(self, data: Data, name: str, task: Task, accelerator: Accelerator, *, seed: int, shown: bool) -> None:
@@ -78,10 +79,14 @@ class Source:
         self._order = self._lent.enter_context(_lent_generator(data))
         self._data = data
         if accelerator.num_processes > 1:
-            if not self.is_loader:
+            if not isinstance(data, DataLoader):
                 raise InputError(
                     f"{name} is a {type(data).__name__}: with several processes it must be a DataLoader, which is "
                     "divided among them"
+                )
+            if isinstance(data.sampler, DistributedSampler):
+                raise InputError(
+                    f"the DistributedSampler of {name} would divide what is divided among processes here: leave it out"
                 )
             self._data = accelerator.prepare_data_loader(data)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from passes.errors import InputError
 from sgfx.training.accelerator import PROCESSES
 from sgfx.training.history import EpochRecord
+from sgfx.training.loading import Source
+from sgfx.training.tasks.classification import Classification
 from tests.sgfx.test_training import batches, network, same_weights, toy, trainer
 
 
@@ -195,6 +198,22 @@ def test_several_processes_of_ones_own(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(InputError, match=r"one of 3 processes \(says torch.distributed\)"):
         made.fit()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (batches(), "train_data is a list: with several processes it must be a DataLoader"),
+        (
+            DataLoader(toy(), 16, sampler=DistributedSampler(toy(), num_replicas=2, rank=0)),
+            "the DistributedSampler of train_data would divide what is divided",
+        ),
+    ],
+)
+def test_data_that_several_processes_cannot_share(data, message):
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(InputError, match=message):
+        Source(data, "train_data", Classification(), two, seed=0, shown=False)
 
 
 def test_a_launcher_of_one_process(monkeypatch):

@@ -79,6 +79,14 @@ def test_a_folder_changes_nothing(tmp_path):
     assert same_weights(train(tmp_path, checkpoint_steps=1)[0], train(None)[0])
 
 
+def test_the_schedule_goes_on(tmp_path, monkeypatch):
+    options = {"epochs": 4, "warmup": 1, "schedule": (2, 3)}
+    _, _, history = train(tmp_path / "whole", **options)
+    assert [record.lr for record in history.epochs] == pytest.approx([0.025, 0.05, 0.005, 0.0005])
+    cut(monkeypatch, 3, tmp_path / "cut", **options)
+    assert train(tmp_path / "cut", resume=True, **options)[2] == history
+
+
 def test_with_workers_that_draw(tmp_path, monkeypatch):
     options = {"data": loader(workers=1), "checkpoint_steps": 1}
     whole, _, history = train(tmp_path / "whole", **options)
@@ -268,7 +276,6 @@ def test_an_optimizer_whose_state_is_more_than_data(tmp_path):
 # What stays whole
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs limits of the size of files")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     whole, _, _ = train(tmp_path / "whole", checkpoint_steps=1)
     folder = tmp_path / "cut"

@@ -80,6 +80,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home when it is first used."""
+    if name == "integrations":
+        return import_module("sgfx.integrations")
     if name not in _HOMES:
         raise AttributeError(f"module 'sgfx' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -100,7 +100,7 @@ class Pruner(Generic[M]):
             leaf_modules=leaf_modules,
         )
         self._step = step_ratio(step)
-        self.model: M = copy_model(model)
+        self.model: M = self._taken(model)
         analysed = run_passes(ANALYSIS, Compilation(self.model, {SETTINGS: settings}))
         analysed.forget(REGIONS)
         self._settings, self._targets, self._reasons = settings, analysed[TARGETS], analysed[REASONS]
@@ -110,6 +110,10 @@ class Pruner(Generic[M]):
         self._index = 0
         self._open = False  # whether step `_index` was handed out and is not complete yet
         self._lowered = False
+
+    def _taken(self, model: M) -> M:
+        """The model that is pruned: a copy, so that the user's stays as it is."""
+        return copy_model(model)
 
     def __len__(self) -> int:
         """Number of steps in total."""
@@ -131,10 +135,13 @@ class Pruner(Generic[M]):
     @torch.inference_mode(False)
     def _advance(self) -> None:
         index = self._index + 1
-        limit = 1.0 if index == len(self) else round(index * self._step, 12)
         known: Facts = {SETTINGS: self._settings, TARGETS: self._targets, REASONS: self._reasons}
-        self._plans = run_passes(pruning_step(limit), Compilation(self.model, known))[PLANS]
+        self._plans = run_passes(pruning_step(self._limit(index)), Compilation(self.model, known))[PLANS]
         self._index, self._open = index, True
+
+    def _limit(self, index: int) -> float:
+        """No layer is pruned beyond this share at a step."""
+        return 1.0 if index == len(self) else round(index * self._step, 12)
 
     def _record(self) -> Step:
         requested, achieved = network_ratios(self._plans)

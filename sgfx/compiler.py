@@ -156,7 +156,7 @@ def _compile_at_once(
     def planned() -> dict[str, LayerPlan]:
         """Graphs and importance vectors, as large as the weights, are gone when this returns."""
         grouped = run_passes(ANALYSIS, Compilation(model, {SETTINGS: settings}))
-        grouped.forget(REGIONS)
+        grouped.take(REGIONS).empty()
         run_passes(GROUPING, grouped)
         if share is None or batches is None:
             return run_passes(PRUNING, grouped)[PLANS]

@@ -102,7 +102,7 @@ class Pruner(Generic[M]):
         self._step = step_ratio(step)
         self.model: M = self._taken(model)
         analysed = run_passes(ANALYSIS, Compilation(self.model, {SETTINGS: settings}))
-        analysed.forget(REGIONS)
+        analysed.take(REGIONS).empty()
         self._settings, self._targets, self._reasons = settings, analysed[TARGETS], analysed[REASONS]
         self._plans: dict[str, LayerPlan] = {}
         for path in self._targets:

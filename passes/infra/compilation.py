@@ -7,7 +7,6 @@ compilation; all else is what passes return, and the manager alone writes it dow
 
 from __future__ import annotations
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
@@ -68,10 +67,11 @@ class Compilation:
         """Let go of facts that do not hold any more; for the manager alone."""
         self._facts = {fact: value for fact, value in self._facts.items() if fact not in facts}
 
-    def forget(self, fact: Fact[Any]) -> None:
-        """Let go of a fact that nobody needs any more, such as graphs, which hold weights, and each other in cycles."""
+    def take(self, fact: Fact[T]) -> T:
+        """Return a fact, and let go of it."""
+        found = self[fact]
         del self._facts[fact]
-        gc.collect()
+        return found
 
 
 class Pass(ABC):

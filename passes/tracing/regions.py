@@ -61,6 +61,16 @@ class Regions:
             return None
         return f"outside every part that can be traced ({self.untraceable})"
 
+    def empty(self) -> None:
+        """Take the modules out of the graphs, which nobody can use any more.
+
+        A graph and its module hold each other, and would hold the weights until garbage is collected, which takes long
+        in a large process.
+        """
+        for region in self.parts:
+            for graph in region.graphs.values():
+                graph._modules.clear()
+
 
 REGIONS = Fact[Regions]("regions")
 

@@ -203,13 +203,14 @@ class Tracing:
                 "(branches on tensors, loops over them, len, int) out of that forward"
             )
             failure.why = f"torch.fx can't trace {where} in {mode} mode: {_first_sentence(error)}"
+            tracer.root = nn.Module()  # torch.fx leaves the tracer in a cycle of closures, and the weights with it
             raise failure from error
         plain, closed = open_layers(graph, opening, tracer.num_calls, tracer.read_outside)
         self.closed.update((join(path, each), reason) for each, reason in closed.items())
         make_callable(graph)
         with replaced(root, plain | as_they_are(layers, plain)):
             made = fx.GraphModule(tracer.root, graph)
-        tracer.root = nn.Module()  # torch.fx leaves the tracer in a cycle of closures, and the weights with it
+        tracer.root = nn.Module()  # see above
         return made, set(plain), watch.used
 
 

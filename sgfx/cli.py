@@ -1,46 +1,53 @@
-"""The command line. What it does is done by the library; torch is imported only by the commands that need it."""
+"""The command line. What a command does is in `sgfx.commands`, and is imported when it is called."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
 import sgfx
 
+COMMANDS = {
+    "train": "train a dense model",
+    "compress": "regroup a trained model, and train it on",
+    "evaluate": "the accuracy and size of what a run has made",
+    "tables": "the paper's Tables 1 to 4: published sizes beside the compiler's",
+}
+
+RESUMED = "; the same command goes on from what is in the folder of the run"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the `sgfx` command; return its exit status."""
+    """Run the `sgfx` command; return its exit status: 2 if something was wrong with what was given."""
     parser = argparse.ArgumentParser(prog="sgfx", description=(sgfx.__doc__ or "").splitlines()[0])
     parser.add_argument("--version", action="version", version=f"sgfx {sgfx.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    tables = commands.add_parser("tables", help="the paper's Tables 1 to 4: published sizes beside the compiler's")
-    tables.add_argument("--json", action="store_true", help="print plain data instead of tables")
-    options = parser.parse_args(arguments)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows a command is its own: argparse would take its flags for ours.
+    command = parser.parse_args(given[:1]).command
+    return _run(command, given[1:])
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command; what was given wrongly is said in one line."""
     try:
-        return _tables(as_json=options.json)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _warn
+            return int(import_module(f"sgfx.commands.{command}").main(arguments))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        resumable = command in ("train", "compress")
+        print("interrupted" + RESUMED * resumable, file=sys.stderr)
         return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"sgfx {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
-def _tables(*, as_json: bool) -> int:
-    from tqdm import tqdm
-
-    from sgfx.tables import TABLES, format_table, rows
-
-    total = sum(len(table.rows) for table in TABLES)
-    data = []
-    with tqdm(total=total, desc="compiling", unit="row", disable=None, leave=False) as bar:
-        for table in TABLES:
-            lines = []
-            for row in rows(table):
-                lines.append(row)
-                bar.update()
-            data += [row.to_dict() for row in lines]
-            if not as_json:
-                tqdm.write(format_table(table, lines) + "\n")
-    if as_json:
-        print(json.dumps(data, indent=2))
-    return 0
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -27,15 +27,13 @@ def random_crop(images: Tensor, padding: int = PADDING) -> Tensor:
     Returns:
         The same shape and type.
     """
-    n, channels, height, width = images.shape
-    device = images.device
+    n, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    top, left = (torch.randint(2 * padding + 1, (n, 1), device=device) for _ in range(2))
-    rows = (top + torch.arange(height, device=device))[:, None, :, None]
-    columns = (left + torch.arange(width, device=device))[:, None, None, :]
-    image = torch.arange(n, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    return padded[image, channel, rows, columns]
+    image = torch.arange(n, device=images.device)
+    top, left = torch.randint(2 * padding + 1, (2, n), device=images.device)
+    # A view of all crops ``[N, C, top, left, H, W]``, of which one for each image is copied.
+    crops: Tensor = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return crops[image, :, top, left]
 
 
 def random_flip(images: Tensor) -> Tensor:

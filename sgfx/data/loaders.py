@@ -138,6 +138,12 @@ class Loaders:
         images.report_unreadable()
         return read
 
+    @property
+    def example(self) -> Tensor:
+        """Two validation images ``[2, C, H, W]``, normalised."""
+        val = Batches(self._source.val, self._middle(), self._normalization)
+        return val.__getitems__(range(min(2, len(val))))[0]
+
     def report_unreadable(self) -> None:
         """Warn of images that could not be read in the last epoch."""
         for images in (self._source.train, self._source.val):

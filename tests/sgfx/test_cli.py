@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sgfx import __version__, cli, tables
+from sgfx.commands import tables as tables_command
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(*, as_json):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_tables", interrupted)
+    monkeypatch.setattr(tables_command, "_tables", interrupted)
     assert cli.main(["tables"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

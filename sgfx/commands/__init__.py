@@ -1,0 +1,1 @@
+"""The commands of `sgfx`: one file each, and what they share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from numbers import Real
 
 import numpy as np
@@ -34,6 +35,7 @@ Budget = Mapping[str, float]
 TRIALS = 12  # of limits, where elimination takes away more than the ratios say
 SCANNED = 33  # limits, where that ends further than `WORST` from the budget
 TOLERANCE, WORST = 2e-3, 1e-2  # of the model's total
+PARTS = (1.0, 0.5, 0.0)  # of the way from one ratio for all layers to those of the error curves
 
 
 def checked_budget(budget: object) -> tuple[str, float]:
@@ -58,16 +60,21 @@ def spend(
     grouped: Compilation,
     budget: tuple[str, float],
     batches: list[Arguments],
+    judge: Callable[[dict[str, Target]], float],
     made: Callable[[dict[str, Target]], nn.Module] | None = None,
 ) -> dict[str, Target]:
     """Return targets with ratios that keep the budget at the least error on the calibration data.
 
-    Targets to which an override or ``linear_ratio`` gives a ratio keep it.
+    Error curves see each layer by itself. So ratios half-way to one for all layers, and that one, which cost as much,
+    are tried too, as long as the network as a whole gets better. Targets to which an override or ``linear_ratio`` gives
+    a ratio keep it.
 
     Args:
         grouped: a model that is analysed and grouped, but not pruned yet.
         budget: what is counted, and the share of the model's total that remains.
         batches: arguments of the model.
+        judge: the error of the network that targets lead to, on data that it was not fitted to; NaN where there are
+            none, or outputs can't be compared: the ratios of the curves stay.
         made: makes the model that targets lead to, where that is smaller than they say, since filters that nobody
             reads are removed: the ratios are lowered until it meets the budget.
 
@@ -91,12 +98,16 @@ def spend(
     rest = total - sum(costs.values()) + sum(costs[path] * (1 - ratio) for path, ratio in pruned.items())
     groups, prices = [found[path] for path in free], [costs[path] for path in free]
 
-    def allot(limit: float) -> bool:
+    def allot(limit: float, part: float = 1.0) -> bool:
         """Give the free layers the ratios at which they cost `limit` together; False if they can't cost so little."""
         ratios = allocate([curves[path] for path in free], prices, limit)
-        for path, ratio in zip(free, () if ratios is None else settle(ratios, groups, prices, limit), strict=False):
+        if ratios is None:
+            return False
+        even = 1 - min(1.0, limit / max(sum(prices), 1.0))
+        wished = [even + part * (ratio - even) for ratio in ratios]
+        for path, ratio in zip(free, settle(wished, groups, prices, limit), strict=True):
             targets[path] = replace(targets[path], ratio=ratio)
-        return ratios is not None
+        return True
 
     limit = share * total - rest
     if not allot(limit):
@@ -104,9 +115,28 @@ def spend(
             f"budget of {share:.3g} of all {measure} can't be kept: what is left alone or has a fixed ratio is "
             f"{rest / total:.3g} of them, and every other layer keeps something; raise the budget, or ignore less"
         )
+    part = _best_part(partial(allot, limit), partial(judge, targets))
     if made is not None:
-        _raise_limit(allot, limit, sum(prices), lambda: _count(made(targets), measure, inputs) / total - share)
+        _raise_limit(
+            partial(allot, part=part),
+            limit,
+            sum(prices),
+            lambda: _count(made(targets), measure, inputs) / total - share,
+        )
     return targets
+
+
+def _best_part(allot: Callable[[float], object], judge: Callable[[], float]) -> float:
+    """The part of `PARTS` after whose allotment the judge finds the least error; ends where it grows."""
+    best, least = PARTS[0], np.inf
+    for part in PARTS:
+        allot(part)
+        found = judge()
+        if not found < least:
+            break
+        best, least = part, found
+    allot(best)
+    return best
 
 
 def _raise_limit(allot: Callable[[float], object], low: float, high: float, over: Callable[[], float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.calibration.calibrate import calibrate_region
-from passes.calibration.data import Arguments, read_examples
+from passes.calibration.data import Arguments, parted, read_examples
 from passes.calibration.foreign_data import SeenNorm, seen_by_norms
 from passes.calibration.pairing import walkable_regions
 from passes.errors import InputError
@@ -18,10 +19,12 @@ from passes.infra.random_state import own_random_state
 from passes.layers.channel_cut import cuts
 from passes.layers.grouped import Grouped
 from passes.layers.plan import layer_shape, plans
-from passes.models.copying import unhooked_copy
+from passes.models.copying import copy_inputs, unhooked_copy
+from passes.options.arguments import call
 from passes.options.checks import check_model
 from passes.tracing.tracer import join
 from sgfx.progress import progress_bar
+from sgfx.training.teacher import distance
 
 M = TypeVar("M", bound=nn.Module)
 FOREIGN = 0.05  # mean divergence of norms; docs/accuracy.md has that of own and of foreign images
@@ -79,6 +82,32 @@ def calibrate_on(
             tensor.copy_(value)
     _warn_of_the_rest(small, changed)
     return small
+
+
+def held_out_error(dense: nn.Module, small: nn.Module, batches: list[Arguments], leaves: Collection[str] = ()) -> float:
+    """How far the outputs of a compressed model are from the dense one's, calibrated on a part of the examples.
+
+    Args:
+        dense: the model; it is not changed.
+        small: what was made of it, calibrated in place.
+        batches: arguments; one example in four is judged by.
+        leaves: paths of modules that are not to be traced into.
+
+    Returns:
+        The mean distance on the examples that are judged by; NaN where there are none, or outputs can't be compared.
+    """
+    fitted, judged = parted(batches)
+    if not fitted:
+        return math.nan
+    teacher, small = unhooked_copy(dense).eval(), small.eval()
+    layers = sum(isinstance(module, Grouped) for module in small.modules())
+    with own_random_state(), torch.no_grad(), progress_bar("compare ratios", layers, "layer") as tick:
+        _calibrated(dense, small, fitted, leaves, tick)
+        try:
+            found = [distance(call(small, copy_inputs(x)), call(teacher, copy_inputs(x))).item() for x in judged]
+        except InputError:
+            return math.nan
+    return sum(found) / len(found) if found else math.nan
 
 
 def check_compiled(dense: nn.Module, small: nn.Module) -> None:

@@ -24,7 +24,7 @@ from passes.options.settings import SETTINGS, Criterion, Settings
 from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
 from passes.tracing.regions import REGIONS
 from sgfx.budgets import Budget, checked_budget, spend
-from sgfx.calibrating import calibrate_on
+from sgfx.calibrating import calibrate_on, held_out_error
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
@@ -169,7 +169,11 @@ def _compile_at_once(
             small = _lowered(model, settings, pruned(targets))
             return eliminated(small, settings.example_inputs, settings.leaf_modules)
 
-        return pruned(spend(grouped, share, batches, made if eliminate else None))
+        def judge(targets: dict[str, Target]) -> float:
+            small = _lowered(model, settings, pruned(targets))
+            return held_out_error(model, small, batches, settings.leaf_modules)
+
+        return pruned(spend(grouped, share, batches, judge, made if eliminate else None))
 
     return _lowered(model, settings, planned())
 

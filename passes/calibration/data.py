@@ -16,6 +16,7 @@ from passes.models.values import mapped, tensors_in
 from passes.options.arguments import bound
 
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
+JUDGED = 4  # one example in so many
 Arguments = tuple[Any, ...]
 
 
@@ -57,6 +58,25 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
             f"{name} gave no examples: is the dataset empty, or was it an iterator that had been used up before?"
         )
     return batches
+
+
+def parted(batches: list[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
+    """Batches in two parts: to fit to, and, every fourth example, to judge by; the latter may be none.
+
+    Of a batch that can't be cut all goes to one part: every fourth of these to the second.
+    """
+    fitted: list[Arguments] = []
+    judged: list[Arguments] = []
+    whole = 0
+    for given in batches:
+        if _is_cut(given) and len(given[0]) >= JUDGED:
+            places = torch.arange(len(given[0]), device=given[0].device) % JUDGED == JUDGED - 1
+            fitted.append(tuple(x[~places] for x in given))
+            judged.append(tuple(x[places] for x in given))
+        else:
+            whole += 1
+            (judged if whole % JUDGED == 0 else fitted).append(given)
+    return fitted, judged
 
 
 def example_count(given: Arguments) -> int:
@@ -129,9 +149,14 @@ def _arguments(model: nn.Module, batch: Any, required: int, name: str, number: i
 
 def _cut(given: Arguments) -> list[Arguments]:
     """One batch in parts of `BATCH` examples, if it is made of tensors of equal length."""
-    if not all(isinstance(x, Tensor) and len(x) == len(given[0]) for x in given):
+    if not _is_cut(given):
         return [given]
     return list(zip(*(torch.split(x, BATCH) for x in given), strict=True))
+
+
+def _is_cut(given: Arguments) -> bool:
+    """Whether a batch is made of tensors of equal length."""
+    return all(isinstance(x, Tensor) and len(x) == len(given[0]) for x in given)
 
 
 def single_image(given: Arguments) -> str:

@@ -13,9 +13,12 @@ from torch import nn
 
 import sgfx
 from passes.calibration.budget import GRID, _halves, allocate, error_curve, settle
+from passes.calibration.data import parted, read_examples
 from passes.calibration.layer_solver import Sample
 from passes.compression.grouping import Groups
 from passes.compression.pruning import truncate
+from sgfx.budgets import _best_part
+from sgfx.calibrating import held_out_error
 from tests.passes.calibration.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 
@@ -173,3 +176,75 @@ def test_layers_outside_every_traced_part_need_a_ratio():
         sgfx.compile(dense, **options)
     small = sgfx.compile(dense, ignore="alone", **options)
     assert left(dense, small, "params") == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("errors", "best", "tried"),
+    [
+        ([0.3, 0.2, 0.1], 0.0, [1.0, 0.5, 0.0, 0.0]),
+        ([0.3, 0.2, 0.25], 0.5, [1.0, 0.5, 0.0, 0.5]),
+        ([0.2, 0.3, 0.1], 1.0, [1.0, 0.5, 1.0]),
+        ([float("nan")], 1.0, [1.0, 1.0]),
+    ],
+    ids=str,
+)
+def test_whole_networks_are_tried_as_long_as_they_get_better(errors, best, tried):
+    found, left_over = [], iter(errors)
+    assert _best_part(found.append, lambda: next(left_over)) == best
+    assert found == tried
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_the_ratios_are_those_of_the_network_that_is_judged_best(monkeypatch, even):
+    """Where the judge wants even ratios they are as even as truncation allows, and cost the same."""
+    ratios = []
+
+    def judge(dense, small, batches, leaves):
+        ratios.append([plan.achieved_ratio for plan in sgfx.plans(small).values() if plan.grouped])
+        return float(np.std(ratios[-1])) * (1 if even else -1)
+
+    monkeypatch.setattr("sgfx.compiler.held_out_error", judge)
+    small = sgfx.compile(DENSE, groups=4, budget={"macs": 0.5}, calibration=images(64))
+    found = [plan.achieved_ratio for plan in sgfx.plans(small).values() if plan.grouped]
+    assert found == ratios[-1 if even else 0]
+    assert len(ratios) == (3 if even else 2)
+    assert np.std(ratios[2]) < np.std(ratios[1]) < np.std(ratios[0]) if even else np.std(ratios[1]) < np.std(ratios[0])
+    assert left(DENSE, small, "macs") == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_network_is_judged_by_examples_that_it_was_not_fitted_to():
+    x = images(64)
+    small = sgfx.compile(DENSE, groups=4, ratio=0.5)
+    judged = torch.arange(64) % 4 == 3
+    by_hand = sgfx.calibrate(
+        DENSE, sgfx.compile(DENSE, groups=4, ratio=0.5), [x[:32][~judged[:32]], x[32:][~judged[32:]]]
+    )
+    halves = x[judged].split(8)
+    wanted = sum(error_over_variance(by_hand(half), DENSE(half)) for half in halves) / 2
+    found = held_out_error(DENSE, small, read_examples(x, "data", DENSE))
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def error_over_variance(y, wanted) -> float:
+    return float(((y - wanted).square().mean() / wanted.var(correction=0)).detach())
+
+
+def test_outputs_that_can_not_be_compared_leave_the_ratios_of_the_curves(monkeypatch):
+    tried = []
+    monkeypatch.setattr("sgfx.calibrating.distance", lambda *_: tried.append(1) or refuse())
+
+    def refuse():
+        raise sgfx.InputError("other shapes")
+
+    small = sgfx.compile(DENSE, groups=4, budget={"macs": 0.5}, calibration=images(64))
+    assert len(tried) == 1
+    assert left(DENSE, small, "macs") == pytest.approx(0.5, abs=0.01)
+
+
+def test_one_example_in_four_is_judged_by():
+    x = torch.arange(10.0)[:, None]
+    fitted, judged = parted([(x, x + 10), (x[:3],), ([x], x), ([x + 1], x), (x[:2],)])
+    assert [len(batch[0]) for batch in fitted] == [8, 3, 1, 1]
+    assert judged[0][0].flatten().tolist() == [3, 7]
+    assert judged[0][1].flatten().tolist() == [13, 17]
+    assert [len(batch[0]) for batch in judged[1:]] == [2]

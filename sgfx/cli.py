@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import sgfx
 
@@ -22,7 +23,7 @@ RESUMED = "; the same command goes on from what is in the folder of the run"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `sgfx` command; return its exit status: 2 if something was wrong with what was given."""
-    parser = argparse.ArgumentParser(prog="sgfx", description=(sgfx.__doc__ or "").splitlines()[0])
+    parser = _Parser(prog="sgfx", description=(sgfx.__doc__ or "").splitlines()[0])
     parser.add_argument("--version", action="version", version=f"sgfx {sgfx.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -31,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What follows a command is its own: argparse would take its flags for ours.
     command = parser.parse_args(given[:1]).command
     return _run(command, given[1:])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ class Parser(ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options; later flags win")
         self._names: list[str] = []
+        self._positional: set[str] = set()
         self._hints: dict[str, Any] = {}
         self._add(options, "")
 
@@ -39,6 +40,7 @@ class Parser(ArgumentParser):
             if hint is bool:
                 self.add_argument(f"--{name}", action=ActionYesNo, default=each.default, help=each.metadata["help"])
             elif each.metadata.get("positional"):
+                self._positional.add(name)
                 self.add_argument(name, type=hint, help=each.metadata["help"])
             else:
                 self.add_argument(f"--{name}", type=hint, **_default(each), help=each.metadata["help"])
@@ -63,7 +65,9 @@ class Parser(ArgumentParser):
         if found := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
             return self._unknown(found[1].partition("=")[0])
         if found := re.search(r"arguments are required: (.*)", message):
-            return f"{', '.join(f'--{name.strip()}' for name in found[1].split(','))} must be given (flag or config)"
+            names = [name.strip() for name in found[1].split(",")]
+            flags = ", ".join(name.upper() if name in self._positional else f"--{name}" for name in names)
+            return f"{flags} must be given"
         return " ".join(message.split())
 
     def _unknown(self, name: str) -> str:

@@ -61,7 +61,7 @@ def open_folder(options: C) -> tuple[Path, C]:
                 f"{folder} holds a run with other options ({'; '.join(differences)}): give another --out, or the "
                 f"options in {config}"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif is_main() and folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
         raise InputError(f"out: {folder} is no run of this command, and is not empty: give another folder")
     elif is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def open_loaders(options: Common, source: Source, batch_size: int) -> Loaders:
         normalization=None if options.normalization is None else normalization(options.normalization),
         size=options.image_size,
         batch_size=options.batch_size or batch_size,
-        workers=options.workers,
+        workers=min(4, os.cpu_count() or 1) if options.workers is None else options.workers,
         mixup=options.mixup,
         cutmix=options.cutmix,
     )

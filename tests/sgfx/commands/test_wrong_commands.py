@@ -68,7 +68,13 @@ def test_wrong_options_of_compress(flags, message, capsys):
 
 
 def test_required_options_are_named(capsys):
-    assert "must be given (flag or config)" in said(capsys, "train", "--model", "lenet5")
+    assert "error: --data, --out must be given" in said(capsys, "train", "--model", "lenet5")
+    assert "error: RUN must be given" in said(capsys, "evaluate")
+
+
+def test_commands_that_there_are_not(capsys):
+    assert "invalid choice: 'trian'" in said(capsys, "trian")
+    assert "COMMAND" in said(capsys)
 
 
 def test_unknown_keys_of_a_config_are_named(capsys):

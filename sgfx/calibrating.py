@@ -89,23 +89,24 @@ def held_out_error(dense: nn.Module, small: nn.Module, batches: list[Arguments],
 
     Args:
         dense: the model; it is not changed.
-        small: what was made of it, calibrated in place.
+        small: what was made of it; it is not changed.
         batches: arguments; one example in four is judged by.
         leaves: paths of modules that are not to be traced into.
 
     Returns:
-        The mean distance on the examples that are judged by; NaN where there are none, or outputs can't be compared.
+        The mean distance on the examples that are judged by; NaN where there are none, they can't be told apart from
+        what else a batch holds, or outputs can't be compared.
     """
     fitted, judged = parted(batches)
     if not fitted:
         return math.nan
-    teacher, small = unhooked_copy(dense).eval(), small.eval()
-    layers = sum(isinstance(module, Grouped) for module in small.modules())
+    teacher, work = unhooked_copy(dense).eval(), unhooked_copy(small).eval()
+    layers = sum(isinstance(module, Grouped) for module in work.modules())
     with own_random_state(), torch.no_grad(), progress_bar("compare ratios", layers, "layer") as tick:
-        _calibrated(dense, small, fitted, leaves, tick)
         try:
-            found = [distance(call(small, copy_inputs(x)), call(teacher, copy_inputs(x))).item() for x in judged]
-        except InputError:
+            _calibrated(dense, work, fitted, leaves, tick)
+            found = [distance(call(work, copy_inputs(x)), call(teacher, copy_inputs(x))).item() for x in judged]
+        except InputError:  # what is really wrong with the examples is said where all of them are used
             return math.nan
     return sum(found) / len(found) if found else math.nan
 

@@ -63,13 +63,13 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
 def parted(batches: list[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
     """Batches in two parts: to fit to, and, every fourth example, to judge by; the latter may be none.
 
-    Of a batch that can't be cut all goes to one part: every fourth of these to the second.
+    Of a batch that can't be cut, or may be a single example, all goes to one part: every fourth of these to the second.
     """
     fitted: list[Arguments] = []
     judged: list[Arguments] = []
     whole = 0
     for given in batches:
-        if _is_cut(given) and len(given[0]) >= JUDGED:
+        if _is_cut(given) and len(given[0]) >= JUDGED and all(x.dim() > 1 for x in given):
             places = torch.arange(len(given[0]), device=given[0].device) % JUDGED == JUDGED - 1
             fitted.append(tuple(x[~places] for x in given))
             judged.append(tuple(x[places] for x in given))

@@ -35,6 +35,15 @@ def run(title):
     return names
 
 
+@pytest.fixture(autouse=True)
+def others_accelerators():
+    """accelerate keeps the settings of the first accelerator of a process: the page's is none of other tests'."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("title", [title for title in sections() if title not in ("", "DDP")])
 def test_a_section_runs(title, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

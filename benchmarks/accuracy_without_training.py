@@ -32,12 +32,12 @@ from torch.nn import functional as F
 
 import sgfx
 from benchmarks.channel_pruning import pruned_channels, reestimate_norms
-from benchmarks.cifar import DENSENET_BC, RESNET20, Trained, chosen, read, top1
+from benchmarks.cifar import DENSENET_BC, RESNET20, RESNET44, Trained, chosen, read, top1
 from benchmarks.machine import describe_machine
 from sgfx.reporting.counting import count_macs
 from sgfx.training.distillation import descend
 
-NETWORKS = {"resnet20": RESNET20, "densenet_bc": DENSENET_BC}
+NETWORKS = {"resnet20": RESNET20, "densenet_bc": DENSENET_BC, "resnet44": RESNET44}
 GROUPS = (16, 8)
 RATIOS = (0.5, 0.65, 0.3, 0.8, 0.675)  # the last leaves a third of ResNet-20's MACs
 IMAGES = 512
@@ -195,7 +195,7 @@ def rows() -> Iterator[tuple[str, str, int, float]]:
         for groups in GROUPS:
             for network in NETWORKS:
                 for ratio in RATIOS:
-                    if network == "resnet20" or not method.startswith("peer"):
+                    if network != "densenet_bc" or not method.startswith("peer"):
                         yield f"{network}/{groups}/{ratio}/{method}", network, groups, ratio
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and the two trained checkpoints for it, read from a folder beside the repository."""
+"""CIFAR-10 and the three trained checkpoints for it, read from a folder beside the repository."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Trained:
 
 
 RESNET20 = Trained("resnet20", "resnet20-12fca82f.th", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RESNET44 = Trained("resnet44", "resnet44-014dd654.th", RESNET20.mean, RESNET20.std)
 DENSENET_BC = Trained(
     "densenet_bc", "densenet-bc-100-12-cifar10.pth.tar", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 )

@@ -52,5 +52,6 @@ class Lowering(Pass):
                 return f"layer {path!r} was not lowered to {plan.connections} connections"
         regions = find_regions(model, leaf_modules=compilation[SETTINGS].leaf_modules)
         called = {path for _, path, _ in calls(regions.parts)}
+        regions.empty()
         lowered = (path for path, plan in plans.items() if plan.grouped and regions.outside(path) is None)
         return next((f"nothing calls the lowered {path!r}" for path in lowered if path not in called), None)

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any
 
 from torch import fx, nn
@@ -40,6 +42,10 @@ from passes.tracing.python_names import make_callable
 from passes.tracing.shapes import forget_shapes, propagate_shapes
 from passes.tracing.tracer import Tracer, has_global_hooks, join
 
+WAY_OUT = (
+    "Compile the traceable parts on their own, such as model.backbone, or take the data-dependent Python (branches on "
+    "tensors, loops over them, len, int) out of that forward"
+)
 RUNNING_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -67,7 +73,10 @@ class Region:
 class UntraceableError(InputError):
     """torch.fx can't trace a module as a whole. Its message says why, and `why` says it in one line."""
 
-    why: str
+    def __init__(self, message: str, *, why: str) -> None:
+        """Take both."""
+        super().__init__(message)
+        self.why = why
 
 
 def trace(model: nn.Module, example_inputs: tuple[object, ...] | None = None) -> Region:
@@ -171,47 +180,51 @@ class Tracing:
         """
         root = self.shadows[mode].get_submodule(path)
         if path and (change := change_of(root)) is not None:  # torch.fx would trace the forward of the class
-            failure = UntraceableError(f"torch.fx can't trace submodule {path!r} ({type(root).__name__}): {change}")
-            failure.why = str(failure)
-            raise failure
+            why = f"torch.fx can't trace submodule {path!r} ({type(root).__name__}): {change}"
+            raise UntraceableError(why, why=why)
         layers = custom_layers(root)
         left = self.closed.keys() | self._leaves
         opening = {each: layer for each, layer in layers.items() if join(path, each) not in left}
         stand_ins = traceable(layers)
         tracer = Tracer(path, self._leaves, self.hooked, {each: stand_ins.get(each, opening[each]) for each in opening})
         tracer.collected = collected(root, given)
-        try:
-            with (
-                ParameterWatch(self.shadows[mode], isolate=True) as watch,
-                own_random_state(),
-                warnings.catch_warnings(),
-                replaced(root, stand_ins),
-            ):
-                warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
-                graph = tracer.trace(root, concrete_args=fixed(root, given) if kept is None else dict(kept))
-        except Exception as error:
-            let_memory_errors_pass(error)
-            if tracer.refused is not None:  # so are its likes, very likely
-                kind = type(tracer.opening[tracer.refused])
-                alike = (each for each, layer in tracer.opening.items() if type(layer) is kind)
-                self.closed.update((join(path, each), UNTRACEABLE) for each in alike)
-                return self._trace(path, mode, given, kept)
-            where = tracer.failed or type(root).__name__
-            failure = UntraceableError(
-                f"torch.fx can't trace {where} in {mode} mode: {error}\n"
-                "Compile the traceable parts on their own, such as model.backbone, or take the data-dependent Python "
-                "(branches on tensors, loops over them, len, int) out of that forward"
-            )
-            failure.why = f"torch.fx can't trace {where} in {mode} mode: {_first_sentence(error)}"
-            tracer.root = nn.Module()  # torch.fx leaves the tracer in a cycle of closures, and the weights with it
-            raise failure from error
-        plain, closed = open_layers(graph, opening, tracer.num_calls, tracer.read_outside)
-        self.closed.update((join(path, each), reason) for each, reason in closed.items())
-        make_callable(graph)
-        with replaced(root, plain | as_they_are(layers, plain)):
-            made = fx.GraphModule(tracer.root, graph)
-        tracer.root = nn.Module()  # see above
-        return made, set(plain), watch.used
+        with _released(tracer):
+            try:
+                with (
+                    ParameterWatch(self.shadows[mode], isolate=True) as watch,
+                    own_random_state(),
+                    warnings.catch_warnings(),
+                    replaced(root, stand_ins),
+                ):
+                    warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
+                    graph = tracer.trace(root, concrete_args=fixed(root, given) if kept is None else dict(kept))
+            except Exception as error:
+                let_memory_errors_pass(error)
+                if tracer.refused is not None:  # so are its likes, very likely
+                    kind = type(tracer.opening[tracer.refused])
+                    alike = (each for each, layer in tracer.opening.items() if type(layer) is kind)
+                    self.closed.update((join(path, each), UNTRACEABLE) for each in alike)
+                    return self._trace(path, mode, given, kept)
+                clear_frames(error.__traceback__)  # one of torch.fx holds itself, and with it all that called it
+                where = tracer.failed or type(root).__name__
+                raise UntraceableError(
+                    f"torch.fx can't trace {where} in {mode} mode: {error}\n{WAY_OUT}",
+                    why=f"torch.fx can't trace {where} in {mode} mode: {_first_sentence(error)}",
+                ) from error
+            plain, closed = open_layers(graph, opening, tracer.num_calls, tracer.read_outside)
+            self.closed.update((join(path, each), reason) for each, reason in closed.items())
+            make_callable(graph)
+            with replaced(root, plain | as_they_are(layers, plain)):
+                return fx.GraphModule(tracer.root, graph), set(plain), watch.used
+
+
+@contextmanager
+def _released(tracer: Tracer) -> Iterator[None]:
+    """Empty a tracer on leaving: torch.fx leaves it in a cycle of closures, and what it holds with it."""
+    try:
+        yield
+    finally:
+        vars(tracer).clear()
 
 
 def _first_sentence(error: Exception) -> str:

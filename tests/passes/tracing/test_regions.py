@@ -1,5 +1,8 @@
 """Models that can't be traced whole: their parts, what runs show, and why the rest is left alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -220,3 +223,44 @@ def test_parameters_that_a_forward_reads_by_whatever_way_belong_to_others_too(re
     found = reasons(sgfx.compile(Model(), ratio=0.5, groups=2))
     assert found.keys() == {"stem", "read"}
     assert found["read"] == "its weight is read by an operation outside its own call"
+
+
+@pytest.mark.parametrize("network", [block, Detector])
+def test_emptied_graphs_hold_no_weights(network):
+    """Without a collection of garbage, which takes long in a large process."""
+    model, inputs = network(), (IMAGES if network is Detector else torch.randn(2, 8, 8, 8),)
+    find_regions(model, inputs)  # the first run imports parts of torch, whose frames keep it
+    gc.collect()
+    gc.disable()
+    try:
+        found = find_regions(model, inputs)
+        weights = [
+            weakref.ref(parameter)
+            for region in found.parts
+            for graph in region.graphs.values()
+            for parameter in graph.parameters()
+        ]
+        found.empty()
+        del found
+        assert weights
+        assert [each() for each in weights if each() is not None] == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("network", [block, Detector])
+def test_compiling_leaves_nothing_behind_that_only_a_collection_of_garbage_frees(network):
+    def alive():
+        return {id(each) for each in gc.get_objects() if isinstance(each, nn.Parameter)}
+
+    model = network() if network is Detector else nn.Sequential(block(), block())
+    inputs = IMAGES if network is Detector else torch.randn(2, 8, 8, 8)
+    sgfx.compile(model, groups=2, ratio=0.5, example_inputs=inputs)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        small = sgfx.compile(model, groups=2, ratio=0.5, example_inputs=inputs)
+        assert alive() - before == {id(each) for each in small.parameters()}
+    finally:
+        gc.enable()

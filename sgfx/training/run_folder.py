@@ -116,8 +116,6 @@ def read_plain(path: Path, kind: str) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except MemoryError:
-        raise
     except Exception as error:  # arbitrary bytes make the reader raise nearly anything
         let_memory_errors_pass(error)
         raise InputError(

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sgfx
@@ -32,7 +31,8 @@ from benchmarks.accuracy_without_training import Bench
 from benchmarks.channel_pruning import pruned_channels, reestimate_norms
 from benchmarks.cifar import RESNET20
 from benchmarks.machine import describe_machine
-from sgfx.training.drawing import varied
+from sgfx.data.augmentation import Augmentation
+from sgfx.data.normalization import Normalization
 
 GROUPS, EPOCHS, SHORT = 16, 20, 5
 RATIOS = (0.65, 0.81, 0.5)  # leave 35.8, 20 and 50.6 % of the MACs
@@ -82,16 +82,13 @@ def compressed(bench: Bench, row: Row) -> nn.Module:
     return reestimate_norms(small, torch.split(bench.images(), 64))
 
 
-def loaders(bench: Bench) -> tuple[Any, Any, Callable[..., Any]]:
+def loaders(bench: Bench) -> tuple[Any, Any, Augmentation]:
     """Training images as bytes, test images as inputs, and what crops, flips and normalises the former."""
     pixels, classes = bench.test
     train = DataLoader(TensorDataset(*bench.train), batch_size=64, shuffle=True)
     test = list(zip(torch.split(bench.network.inputs(pixels), 256), torch.split(classes, 256), strict=True))
-
-    def augmented(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return bench.network.inputs(varied(images, torch.default_generator)), targets
-
-    return train, test, augmented
+    network = bench.network
+    return train, test, Augmentation(Normalization(network.mean, network.std), crop=True, flip=True)
 
 
 def measure(bench: Bench, row: Row, folder: Path) -> dict[str, Any]:

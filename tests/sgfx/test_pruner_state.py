@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import sgfx
 from passes.layers.masked import Masked
@@ -160,3 +161,17 @@ def test_what_is_pruned_in_inference_mode_can_be_trained():
     assert steps[0] == 1
     small(IMAGES).sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_a_model_compiled_by_torch_goes_on_across_steps_and_is_compiled_once_more_when_lowered():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    pruner = sgfx.Pruner(model, groups=2, ratio=0.5, step=0.25)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    fast, x, counts = torch.compile(pruner.model, backend=counter), torch.randn(2, 3, 8, 8), []
+    for _ in pruner:
+        torch.testing.assert_close(fast(x), pruner.model(x))
+        counts.append(counter.frame_count)
+    small = pruner.lower()
+    torch.testing.assert_close(fast(x), small(x))
+    assert [*counts, counter.frame_count] == [1, 1, 2]

@@ -172,13 +172,13 @@ def _affine(graph: fx.GraphModule, norm: fx.Node | None, layer: Any) -> tuple[Te
     """Scale and shift behind a layer in one of the graphs: of the norm there, or 1 and 0."""
     if norm is not None:
         return scale_and_shift(module_of(graph, norm))
-    ones = torch.ones(layer._dense_shape[0], dtype=torch.float64, device=layer.weight.device)
+    ones = torch.ones(layer.dense_shape[0], dtype=torch.float64, device=layer.weight.device)
     return ones, torch.zeros_like(ones)
 
 
 def _positions(layer: Any, y: Tensor, share: int, generator: torch.Generator) -> Tensor:
     """Which positions of one batch's output are sampled: at most one of `share` parts of all rows that are allowed."""
-    shape = layer._dense_shape
+    shape = layer.dense_shape
     row = 8 * (math.prod(shape[1:]) + 2 * shape[0])
     count = output_positions(layer, y)
     most = max(1, min(MAX_ROWS, ROW_BYTES // row) // share)

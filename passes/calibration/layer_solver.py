@@ -56,8 +56,7 @@ def resolve(layer: Any, sample: Sample, *, intercept: bool) -> tuple[Tensor, Ten
         live = problem.live[filters]
         solved, shift = problem.solve(groups)
         weight[filters[live]], bias[filters[live]] = solved[live], shift[live]
-    rows = weight.view(layer._dense_shape).flatten(0, 1)[layer._rows]
-    return rows.view_as(layer.weight), bias
+    return layer.packed_rows(weight.view(layer.dense_shape)).view_as(layer.weight), bias
 
 
 class _Problem:
@@ -139,7 +138,7 @@ def _batched(groups: Groups) -> Iterator[Groups]:
 
 def _columns(layer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """For each group: its filters, and the columns of the unfolded input that it reads."""
-    taps = math.prod(layer._dense_shape[2:])
+    taps = math.prod(layer.dense_shape[2:])
     filters, inputs = layer.block_sizes.unbind(1)
     for own, read in zip(layer.filters.split(filters.tolist()), layer.inputs.split(inputs.tolist()), strict=True):
         yield own, (read[:, None] * taps + torch.arange(taps, device=read.device)).flatten()

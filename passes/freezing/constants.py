@@ -55,7 +55,7 @@ def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> in
     for reader in readers:
         taken &= _may_take(found, reader, values)
     channels, values = channels[taken], values[taken]
-    stay = torch.ones(found._dense_shape[0], dtype=torch.bool).index_fill_(0, channels.cpu(), False).nonzero()[:, 0]
+    stay = torch.ones(found.dense_shape[0], dtype=torch.bool).index_fill_(0, channels.cpu(), False).nonzero()[:, 0]
     layers: list[Any] = [each.layer for each in readers if each is not None]
     if not len(channels) or any(isinstance(each, Grouped) and not _reads_any(each, stay) for each in layers):
         return 0

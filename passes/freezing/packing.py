@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from passes.kernel import (
     pack_blocks,
 )
 from passes.layers.geometry import is_linear, paddings
-from passes.layers.grouped import Grouped, GroupedConv2d, GroupedLinear
+from passes.layers.grouped import GroupedConv2d, GroupedLinear
 
 
 def pack_layer(
@@ -64,7 +63,10 @@ def pack_layer(
 def layer_blocks(layer: nn.Module) -> list[Block]:
     """Blocks of a dense, grouped or depthwise ``Conv2d``, a ``Linear``, or a regrouped layer of either kind."""
     if isinstance(layer, GroupedConv2d | GroupedLinear):
-        return _regrouped_blocks(layer)
+        kernel = layer.dense_shape[2:] or (1, 1)
+        return [
+            Block(own, read, part.detach().view(*part.shape[:2], *kernel)) for own, read, part in layer.group_blocks()
+        ]
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise InputError(
             f"the kernel computes Conv2d and Linear layers, dense or regrouped, not {type(layer).__name__}"
@@ -77,15 +79,6 @@ def layer_blocks(layer: nn.Module) -> list[Block]:
         Block(torch.arange(len(part)) + index * len(part), torch.arange(reads) + index * reads, part)
         for index, part in enumerate(weight.chunk(groups))
     ]
-
-
-def _regrouped_blocks(layer: Grouped) -> list[Block]:
-    kernel: Sequence[int] = layer.weight.shape[1:] if isinstance(layer, GroupedConv2d) else (1, 1)
-    sizes: list[list[int]] = layer.block_sizes.tolist()
-    filters = torch.split(layer.filters, [size[0] for size in sizes])
-    inputs = torch.split(layer.inputs, [size[1] for size in sizes])
-    weights = torch.split(layer.weight.detach(), [size[0] * size[1] for size in sizes])
-    return [Block(f, i, w.reshape(len(f), len(i), *kernel)) for f, i, w in zip(filters, inputs, weights, strict=True)]
 
 
 def layer_geometry(layer: Any) -> Geometry:

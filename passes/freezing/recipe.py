@@ -66,7 +66,8 @@ class Recipe(nn.Module):
         layer: Any = shallow_copy(self.layer, type(self.layer))
         weight: Tensor = layer.weight.detach()
         if isinstance(layer, Grouped):
-            factors = scale[layer._rows % layer._dense_shape[1]].view(-1, *[1] * (weight.dim() - 1))
+            rows = layer.packed_rows(scale.expand(layer.dense_shape[:2]))
+            factors = rows.view(-1, *[1] * (weight.dim() - 1))
         else:
             factors = scale.view(-1, *[1] * (weight.dim() - 2))
         layer._parameters["weight"] = nn.Parameter((weight * factors).to(weight.dtype), requires_grad=False)

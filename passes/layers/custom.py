@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from passes.errors import InputError
-from passes.layers.geometry import spatial_dims
 from passes.layers.grouped import GROUPED, Grouped, GroupedConv1d, GroupedConv2d, GroupedConv3d, GroupedLinear
 from passes.layers.masked import MASKED, Masked, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from passes.layers.surgery import shallow_copy
@@ -200,7 +199,6 @@ class GroupedCustom(Custom, Grouped):
         self._modules = layer._modules.copy()
         self._buffers = layer._buffers.copy()
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set.copy()
-        self._spatial_dims = spatial_dims(layer)
 
     def present_weight(self) -> Tensor:
         """The scattered dense weight."""

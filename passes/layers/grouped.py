@@ -15,7 +15,7 @@ deployment. Both give the same numbers; ``form`` is a plain attribute and not pa
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -42,7 +42,6 @@ class Grouped(Structured):
     block_sizes: Tensor
     _rows: Tensor
     _places: Tensor
-    _spatial_dims: int  # dimensions behind the channels
     FORMER_BUFFERS = ("filters", "inputs", "block_sizes")
     TABLES = (*FORMER_BUFFERS, "_rows", "_places")
 
@@ -56,7 +55,7 @@ class Grouped(Structured):
         new = cls()
         new._copy_geometry(layer)
         new._set_structure(plan)
-        rows = layer.weight.detach().flatten(0, 1).index_select(0, new._rows.to(layer.weight.device))
+        rows = new.packed_rows(layer.weight.detach())
         new.weight = nn.Parameter(rows if rows.dim() > 1 else rows[:, None], requires_grad=layer.weight.requires_grad)
         new.register_parameter("bias", layer.bias)
         new._follow_weight()
@@ -154,6 +153,29 @@ class Grouped(Structured):
         """Number of groups."""
         return len(self._blocks)
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight, ``[C_out, C_in, *kernel]``; of a linear layer ``[C_out, C_in]``."""
+        return self._dense_shape
+
+    def packed_rows(self, dense: Tensor) -> Tensor:
+        """What `dense`, ``[C_out, C_in, …]``, has for the kept connections, ``[connections, …]``, in `weight`'s order.
+
+        The inverse of `dense_weight`.
+        """
+        return dense.flatten(0, 1).index_select(0, self._rows.to(dense.device))
+
+    def group_blocks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Filters, inputs, and weight ``[filters, inputs, *kernel]`` of each group; a view of `weight`."""
+        blocks, end = [], 0
+        filters = torch.split(self._beside_weight(self.filters), [own for own, _ in self._blocks])
+        inputs = torch.split(self._beside_weight(self.inputs), [read for _, read in self._blocks])
+        for own, read in zip(filters, inputs, strict=True):
+            start, end = end, end + len(own) * len(read)
+            rows = self.weight[start:end]  # torch.fx can trace it
+            blocks.append((own, read, rows.view(len(own), len(read), *self._dense_shape[2:])))
+        return blocks
+
     def dense_weight(self) -> Tensor:
         """The dense layer's weight with 0 where a connection is pruned, ``[C_out, C_in, *kernel]``."""
         filters, inputs, *kernel = self._dense_shape
@@ -174,26 +196,14 @@ class Grouped(Structured):
         return self._call(self._padded(input), weight, self.bias)
 
     def _forward_blocks(self, x: Tensor) -> Tensor:
-        """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17). A group without inputs yields its bias."""
-        channels = -1 - self._spatial_dims
-        kernel = self._dense_shape[2:]
-        sizes = [filters * inputs for filters, inputs in self._blocks]
-        ends = list(accumulate(sizes))
-        weights = [
-            self.weight[end - size : end] for size, end in zip(sizes, ends, strict=True)
-        ]  # torch.fx can trace it
-        reads = torch.split(self._beside_weight(self.inputs), [inputs for _, inputs in self._blocks])
-        outputs = [
-            self._call(x.index_select(channels, read), weight.view(*block, *kernel), None) if block[1] else None
-            for block, read, weight in zip(self._blocks, reads, weights, strict=True)
-        ]
-        some = next(output for output in outputs if output is not None)  # a plan keeps at least one entry
-        blocks = [
-            output if output is not None else _zeros_like(some, channels, filters)
-            for output, (filters, _) in zip(outputs, self._blocks, strict=True)
-        ]
-        y = torch.cat(blocks, channels).index_select(channels, self._beside_weight(self._places))
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * self._spatial_dims)
+        dims = self._spatial_dims
+        parts = [(len(filters), read, weight, None) for filters, read, weight in self.group_blocks()]
+        y = in_blocks(self._call, x, parts, self._beside_weight(self._places), dims)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * dims)
+
+    @property
+    def _spatial_dims(self) -> int:
+        return len(self._dense_shape) - 2
 
     def extra_repr(self) -> str:
         """What `print` shows of the layer."""
@@ -227,9 +237,44 @@ def former_structure(buffers: dict[str, Tensor], shape: LayerShape, ratio: float
         raise InputError(f"filters, inputs and block_sizes make no structure of it: {error}") from error
 
 
-def _zeros_like(output: Tensor, dim: int, size: int) -> Tensor:
-    zero = torch.zeros_like(output.narrow(dim, 0, 1))
-    return torch.cat([zero] * size, dim)
+def in_blocks(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    parts: Iterable[tuple[int, Tensor, Tensor, Tensor | None]],
+    places: Tensor,
+    spatial_dims: int,
+) -> Tensor:
+    """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17).
+
+    Args:
+        compute: a function of an input, a weight ``[filters, inputs, *kernel]`` and a bias or None.
+        x: padded, ``[…, C_in, *sizes]``.
+        parts: of each group how many filters it has, the channels that it reads, its weight and its bias. A group that
+            reads nothing yields its bias, or 0. One must read something.
+        places: where each filter lies among the results of the groups, int64 ``[C_out]``.
+        spatial_dims: number of dimensions behind the channels.
+
+    Returns:
+        ``[…, C_out, *sizes′]``.
+    """
+    dim = -1 - spatial_dims
+    parts = list(parts)
+    outputs = [
+        compute(x.index_select(dim, read), weight, bias) if len(read) else None for _, read, weight, bias in parts
+    ]
+    some = next(output for output in outputs if output is not None)
+    blocks = [
+        _constant(some, dim, filters, bias) if output is None else output
+        for output, (filters, _, _, bias) in zip(outputs, parts, strict=True)
+    ]
+    return torch.cat(blocks, dim).index_select(dim, places)
+
+
+def _constant(like: Tensor, dim: int, filters: int, bias: Tensor | None) -> Tensor:
+    """What a group without inputs yields at the positions of another group's result `like`."""
+    zero = torch.zeros_like(like.narrow(dim, 0, 1))  # torch.fx can trace it
+    zeros = torch.cat([zero] * filters, dim)
+    return zeros if bias is None else zeros + bias.view(-1, *[1] * (-1 - dim))
 
 
 class _GroupedConv(Grouped):
@@ -240,7 +285,6 @@ class _GroupedConv(Grouped):
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding, self.dilation = layer.padding, layer.dilation
         self.padding_mode = layer.padding_mode
-        self._spatial_dims = len(layer.kernel_size)
         self._pad = layer._pad if isinstance(layer, _GroupedConv) else tuple(layer._reversed_padding_repeated_twice)
 
     def _resize(self, inputs: int, filters: int) -> None:
@@ -272,7 +316,6 @@ class GroupedLinear(Grouped):
 
     def _copy_geometry(self, layer: Any) -> None:
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._spatial_dims = 0
 
     def _resize(self, inputs: int, filters: int) -> None:
         self.in_features, self.out_features = inputs, filters

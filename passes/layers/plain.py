@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from passes.errors import InputError
 from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import CallsWith, Custom, GroupedCustom, LayerCall
-from passes.layers.grouped import GROUPED, Form, Grouped
+from passes.layers.geometry import spatial_dims
+from passes.layers.grouped import GROUPED, Form, Grouped, in_blocks
 from passes.layers.surgery import replace_module, shallow_copy
 
 
@@ -62,12 +63,12 @@ class CustomBlocks(Custom):
         self.__dict__.update(shallow_copy(layer, GroupedCustom).__dict__)
         plain = layer.plain(LayerCall(type(layer), None, None))
         self._set_geometry = plain.__dict__.update
-        self.sgfx_blocks = Blocks(plain)
+        self.sgfx_blocks, self.sgfx_dense_shape = Blocks(plain), layer.dense_shape
         del self._parameters["weight"]
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Compute the layer. Its code may ask for the shape of the weight, and do nothing else with it."""
-        weight = self.sgfx_blocks.weights[0].new_zeros(()).expand(self._dense_shape)
+        weight = self.sgfx_blocks.weights[0].new_zeros(()).expand(self.sgfx_dense_shape)
         with CallsWith(weight, self._in_blocks, alone=True):
             return self._run(weight, args, kwargs)
 
@@ -84,36 +85,23 @@ class Blocks(nn.Module):
         """Take over the blocks of `layer`; nothing else of it is kept."""
         super().__init__()
         self._call, self._pad = layer._call, layer._padded  # they read the geometry alone
-        self._channels = -1 - layer._spatial_dims
-        sizes = layer._blocks
-        kernel = layer._dense_shape[2:]
-        filters, inputs = ([size[side] for size in sizes] for side in (0, 1))
-        rows = torch.split(layer.weight.detach(), [a * b for a, b in sizes])
-        self.weights = _parameters(each.reshape(*size, *kernel) for each, size in zip(rows, sizes, strict=True))
-        bias = None if layer.bias is None else layer.bias.detach()[layer.filters]
-        self.biases = None if bias is None else _parameters(torch.split(bias, filters))
-        for group, read in enumerate(torch.split(layer.inputs, inputs)):
+        self._spatial_dims = spatial_dims(layer)
+        filters, inputs, weights = zip(*layer.group_blocks(), strict=True)
+        self.weights = _parameters(weight.detach() for weight in weights)
+        bias = None if layer.bias is None else layer.bias.detach()
+        self.biases = None if bias is None else _parameters(bias[own] for own in filters)
+        for group, read in enumerate(inputs):
             self.register_buffer(f"inputs{group}", read.clone())
-        self.register_buffer("places", layer._places.clone())
+        self.register_buffer("places", torch.argsort(layer.filters))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer; shapes are those of the dense layer."""
-        x = self._pad(x)
-        outputs: list[Tensor | None] = []
-        for group, weight in enumerate(self.weights):
-            bias = None if self.biases is None else self.biases[group]
-            read = self.get_buffer(f"inputs{group}")
-            outputs.append(self._call(x.index_select(self._channels, read), weight, bias) if len(read) else None)
-        some = next(output for output in outputs if output is not None)
-        blocks = [self._constant(some, group) if y is None else y for group, y in enumerate(outputs)]
-        return torch.cat(blocks, self._channels).index_select(self._channels, self.get_buffer("places"))
-
-    def _constant(self, like: Tensor, group: int) -> Tensor:
-        """What a group without inputs yields: its bias everywhere."""
-        shape = list(like.shape)
-        shape[self._channels] = len(self.weights[group])
-        zeros = like.new_zeros(shape)
-        return zeros if self.biases is None else zeros + self.biases[group].view(-1, *[1] * (-1 - self._channels))
+        biases = [None] * len(self.weights) if self.biases is None else self.biases
+        parts = [
+            (len(weight), self.get_buffer(f"inputs{group}"), weight, bias)
+            for group, (weight, bias) in enumerate(zip(self.weights, biases, strict=True))
+        ]
+        return in_blocks(self._call, self._pad(x), parts, self.get_buffer("places"), self._spatial_dims)
 
 
 def _parameters(tensors: Iterable[Tensor]) -> nn.ParameterList:

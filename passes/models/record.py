@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
 from passes.layers.channel_cut import Cut, channel_counts, cuts, has_cut, is_depthwise, may_be_cut
-from passes.layers.custom import GroupedCustom, change_of_layer, is_custom
+from passes.layers.custom import GroupedCustom, change_of_layer, dense_class, is_custom
 from passes.layers.geometry import conv_groups
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.plan import LayerPlan, layer_shape, plan_of, plans
@@ -79,7 +79,7 @@ def transient(model: nn.Module) -> set[str]:
 def _module_record(module: nn.Module, found: Hyperparameters) -> Record:
     plan = plan_of(module)
     if isinstance(module, GroupedCustom):
-        own = {"class": module._kind.__qualname__, **found.of(module.as_dense(module.weight))}
+        own = {"class": dense_class(module).__qualname__, **found.of(module.as_dense(module.weight))}
     elif isinstance(module, Grouped) and plan is not None:
         dense = next(kind for kind, grouped in GROUPED.items() if type(module) is grouped)
         own = {"class": plan.kind, **found.of(module, dense)}

@@ -68,7 +68,7 @@ def traceable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     made: dict[int, nn.Module] = {}
     for module in layers.values():
         if isinstance(module, GroupedCustom) and id(module) not in made:
-            weight = module.weight.new_zeros(()).expand(module._dense_shape)
+            weight = module.weight.new_zeros(()).expand(module.dense_shape)
             made[id(module)] = module.as_dense(nn.Parameter(weight, requires_grad=False))
     return {path: made[id(module)] for path, module in layers.items() if id(module) in made}
 

@@ -170,7 +170,7 @@ class _ShapePropagation(Interpreter):
                 raise ValueError(f"it has {channel_counts(module)[0]} channels")
             return torch.empty_like(args[0])
         if isinstance(module, Grouped) and is_as_torch_made_it(module):
-            return module.with_weight(args[0], args[0].new_empty(module._dense_shape))
+            return module.with_weight(args[0], args[0].new_empty(module.dense_shape))
         if isinstance(module, nn.RNNBase) and is_as_torch_made_it(module) and args and isinstance(args[0], Tensor):
             return _recurrent(module, args[0])
         return super().call_module(target, args, kwargs)

@@ -57,7 +57,7 @@ class LivePruner(Pruner[M]):
         for path, old in self._weights.items():
             layer = self.model.get_submodule(path)
             if isinstance(layer, Grouped):
-                replaced[id(old)] = (layer.weight, layer._rows.to(old.device))
+                replaced[id(old)] = layer
         for optimizer in optimizers:
             replace_parameters(optimizer, replaced)
 
@@ -152,7 +152,7 @@ class _Follower:
         return {"_pruner": None, "_busy": False}
 
 
-def replace_parameters(optimizer: Optimizer, replaced: Mapping[int, tuple[nn.Parameter, Tensor]]) -> None:
+def replace_parameters(optimizer: Optimizer, replaced: Mapping[int, Grouped]) -> None:
     """Give an optimizer packed weights for dense ones, in place.
 
     State of a dense weight's shape keeps the rows of the connections that remain, and numbers stay. A weight whose
@@ -160,19 +160,19 @@ def replace_parameters(optimizer: Optimizer, replaced: Mapping[int, tuple[nn.Par
 
     Args:
         optimizer: its groups keep their options, their number and their order.
-        replaced: by the ``id`` of a dense weight ``[C_out, C_in, *kernel]`` the packed one ``[connections, *kernel]``,
-            and the places ``filter · C_in + input`` of its rows, int64.
+        replaced: by the ``id`` of a dense weight ``[C_out, C_in, *kernel]`` the grouped layer that was made of it.
     """
     for group in optimizer.param_groups:
         for place, old in enumerate(group["params"]):
             if id(old) not in replaced:
                 continue
-            new, rows = replaced[id(old)]
+            layer = replaced[id(old)]
+            new = layer.weight
             group["params"][place] = new
             state = optimizer.state.pop(old, None)
             if state and all(_numbers(value) or value.shape == old.shape for value in state.values()):
                 optimizer.state[new] = {
-                    key: value if _numbers(value) else value.flatten(0, 1).index_select(0, rows).view_as(new)
+                    key: value if _numbers(value) else layer.packed_rows(value).view_as(new)
                     for key, value in state.items()
                 }
 

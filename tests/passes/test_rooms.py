@@ -76,3 +76,13 @@ def test_the_kernel_is_given_plain_data():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert {name.partition(".")[0] for name in names} <= allowed, (file, names)
+
+
+def test_what_grouped_layers_keep_for_themselves_is_read_by_them_alone():
+    """Others take `dense_shape`, `packed_rows`, `group_blocks` and the public tables."""
+    private = {"_rows", "_places", "_blocks", "_dense_shape", "_spatial_dims"}
+    own = {ROOT / "layers" / name for name in ("grouped.py", "custom.py")}
+    for file in {*ROOT.rglob("*.py"), *(ROOT.parent / "sgfx").rglob("*.py")} - own:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                assert node.attr not in private, f"{file}:{node.lineno} reads {node.attr}"

@@ -151,7 +151,7 @@ def test_state_dicts_of_earlier_versions_are_opened(tmp_path):
     path = Path(__file__).parents[1] / "data" / "structure_in_buffers.pt.gz"
     content = torch.load(io.BytesIO(gzip.decompress(path.read_bytes())), weights_only=False)
     state, small = content["compiled_state"], content["compiled"]
-    sizes = [(layer._dense_shape[1], layer._dense_shape[0]) for layer in small]
+    sizes = [(layer.dense_shape[1], layer.dense_shape[0]) for layer in small]
     layers = [nn.Conv2d(*size, 1, bias=layer.bias is not None) for size, layer in zip(sizes, small, strict=True)]
     into = opened(state, tmp_path, nn.Sequential(*layers).eval())
     torch.testing.assert_close(into(content["inputs"]), content["outputs"]["compiled"])

@@ -219,7 +219,7 @@ def test_structures_of_earlier_versions_agree_with_the_plans():
         if isinstance(layer, Masked):
             assert torch.equal(layer.mask, plan_of(layer).mask())
             assert decode(layer.get_extra_state(), layer._shape()) == plan_of(layer)
-    assert [layer._dense_shape[:2] for layer in content["compiled"]] == [(5, 2), (3, 5), (4, 3)]  # channels are gone
+    assert [layer.dense_shape[:2] for layer in content["compiled"]] == [(5, 2), (3, 5), (4, 3)]  # channels are gone
 
 
 def test_state_dicts_of_earlier_versions_load_and_are_checked():

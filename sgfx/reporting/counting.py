@@ -38,6 +38,7 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
             module.form = "blocks"
     with preserved_random_state(), torch.no_grad(), _whole_attention(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")  # sizes are tensors while it traces
         if layers := chosen_layers(twin):
             return _counted_from_plans(twin, layers, inputs)
         try:

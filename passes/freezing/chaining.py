@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from passes.freezing.concatenation import append
+from passes.freezing.rewrites.concatenation import append
 
 if TYPE_CHECKING:
     from passes.kernel.program import Wires

@@ -284,7 +284,7 @@ def test_bad_input():
 
 
 def test_concatenations_that_grow_add_to_one_tensor():
-    from passes.freezing.concatenation import append
+    from passes.freezing.rewrites.concatenation import append
 
     model = trained(models_zoo.create("densenet_bc", depth=22, growth=6))
     small = sgfx.compile(model, groups=2, ratio=0.5)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.freezing.constants import absorbed, pads_with_zeros, reader_of, reads_channels
 from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.rewrites.constants import absorbed, pads_with_zeros, reader_of, reads_channels
 from passes.tracing.mutation import is_unchanged
 
 HIGHEST = {"relu": torch.inf, "relu6": 6.0}

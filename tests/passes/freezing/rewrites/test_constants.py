@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.freezing.constants import absorbed, constant_filters, fold_constants, pads_with_zeros
-from passes.freezing.fusion import fuse
 from passes.freezing.recipe import LibraryLayer, Recipe
+from passes.freezing.rewrites.constants import absorbed, constant_filters, fold_constants, pads_with_zeros
+from passes.freezing.rewrites.fusion import fuse
 from passes.layers.grouped import GROUPED
 from passes.layers.plan import LayerPlan, attach_plan
 from passes.tracing.regions import find_regions

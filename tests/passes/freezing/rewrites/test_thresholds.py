@@ -8,7 +8,7 @@ from torch import nn
 
 import sgfx
 from passes.freezing.recipe import FusedNorm, LibraryLayer
-from passes.freezing.thresholds import HIGHEST, thresholds
+from passes.freezing.rewrites.thresholds import HIGHEST, thresholds
 
 numbers = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, -0.0, 1e-35, -1e-35, 1e-29, 1e-8]))
 

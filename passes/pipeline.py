@@ -1,4 +1,4 @@
-"""The standard lists of passes: understand the model once, plan (at every pruning step), then mask or lower."""
+"""The standard lists of passes. Any of them can be left out or replaced, as far as what others require is there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from passes.compression.pruning import Pruning
 from passes.compression.selection import Selection
 from passes.elimination.analysis import ChannelAnalysis
 from passes.elimination.elimination import Elimination
+from passes.freezing.rewrites.activations import FuseActivations
+from passes.freezing.rewrites.concatenation import JoinConcatenations
+from passes.freezing.rewrites.constants import FoldConstants
+from passes.freezing.rewrites.layers import MakeRecipes
+from passes.freezing.rewrites.layouts import KeepLayouts
+from passes.freezing.rewrites.norms import FoldNorms, KeepNorms
+from passes.freezing.rewrites.nothing import DropNothing
+from passes.freezing.rewrites.sums import FuseSums
+from passes.freezing.rewrites.thresholds import UseThresholds
 from passes.infra.compilation import Pass
 from passes.tracing.regions import Trace
 
+# compile and Pruner: understand the model once, plan (at every pruning step), then mask or lower
 ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 GROUPING: tuple[Pass, ...] = (Importance(), Grouping())
 PRUNING: tuple[Pass, ...] = (Pruning(),)
@@ -23,3 +33,10 @@ ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())
 def pruning_step(limit: float) -> tuple[Pass, ...]:
     """One step of a `Pruner`: plans made anew, no layer pruned beyond `limit`, and their masks."""
     return (*GROUPING, Pruning(limit), Masking())
+
+
+# freeze: an eval graph, said with as few passes over its tensors as possible
+REWRITES: tuple[Pass, ...] = (
+    DropNothing(), MakeRecipes(), FoldNorms(), FuseSums(), KeepNorms(), FuseActivations(),
+    FoldConstants(), UseThresholds(), JoinConcatenations(), KeepLayouts(),
+)  # fmt: skip

@@ -11,7 +11,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.freezing.assemble import Part, fused_parts, without_unread_filters
+from passes.freezing.assemble import Part, rewritten_parts, without_unread_filters
 from passes.freezing.candidates import checked_strategy, chosen_layers, layer_works
 from passes.freezing.checking import check
 from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
@@ -22,6 +22,7 @@ from passes.infra.random_state import preserved_random_state
 from passes.models.copying import copy_inputs
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import check_model
+from passes.pipeline import REWRITES
 from sgfx.progress import progress_bar
 
 
@@ -76,7 +77,7 @@ def freeze(
     stopwatch = Stopwatch()
     with preserved_random_state():
         small = without_unread_filters(model, inputs)
-        parts = fused_parts(small, inputs)
+        parts = rewritten_parts(small, inputs, REWRITES)
         if decisions is None and given is not None and not _fits(given, parts):
             given = None
         layers = sum(len(layer_works(part.graph)) for part in parts)
@@ -87,9 +88,10 @@ def freeze(
                 form = form_as_told(small, parts, strategy, given, stopwatch, step)
         if decisions is not None and given is not None:
             _check_names(given, form.layers)
-        doubt = check(form.model, model, form.layers, inputs)
+        doubt = check(form.model, model, form.layers, inputs, REWRITES)
     notes = dict.fromkeys((note, *form.note.split("; "), stopwatch.complaint(), doubt))
-    made = Decisions(machine(), form.layers, form.milliseconds, "; ".join(filter(None, notes)))
+    unfused = {name: reason for part in parts for name, reason in part.unfused.items()}
+    made = Decisions(machine(), form.layers, form.milliseconds, "; ".join(filter(None, notes)), unfused)
     if strategy is None and given is None and not stopwatch.is_noisy:
         attach_decisions(model, made)
     frozen = form.model

@@ -3,10 +3,7 @@
 | file | what it does |
 |---|---|
 | `recipe` | the modules of the inference form that call the library, and the algebra of folding a norm |
-| `fusion` | rewrites an eval graph: what does nothing goes, norms, sums and activations move into layers |
-| `constants` | channels that are the same for every input go into the biases of what reads them |
-| `thresholds` | a norm and a ReLU before layers without padding become a comparison within these |
-| `concatenation` | concatenations that grow add to one tensor |
+| `rewrites` | passes over an eval graph: norms, sums, activations, constants and more move into layers |
 | `decisions` | what was measured and chosen, and on what machine |
 | `candidates` | times the candidates of each layer on its real shape, and puts the fastest in |
 | `placing` | lets a layer write into the padded plane that the next one reads |

@@ -1,4 +1,4 @@
-"""Assembling: a model's parts as fused graphs, how their layers are run, and the whole that is made of them."""
+"""Assembling: a model's parts as rewritten graphs, how their layers are run, and the whole that is made of them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from passes.elimination.analysis import ChannelAnalysis
+from passes.elimination.elimination import Elimination
 from passes.errors import InputError
 from passes.freezing.candidates import choose
 from passes.freezing.chaining import chain
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.placing import place
-from passes.freezing.recipe import Recipe
-from passes.freezing.rewrites.concatenation import join
-from passes.freezing.rewrites.constants import fold_constants
-from passes.freezing.rewrites.fusion import fuse
-from passes.freezing.rewrites.layouts import keep_layouts
-from passes.freezing.rewrites.thresholds import use_thresholds
+from passes.freezing.rewrites.rewrite import PART, SHAPES, UNFUSED
 from passes.freezing.stopwatch import Stopwatch
-from passes.infra.compilation import Compilation
+from passes.infra.compilation import Compilation, Facts, Pass
 from passes.infra.manager import run_passes
 from passes.layers.grouped import Grouped
 from passes.layers.surgery import hook_dicts, replace_module
 from passes.models.copying import copy_model
 from passes.models.values import mapped
 from passes.options.settings import SETTINGS, Settings
-from passes.pipeline import ELIMINATION
 from passes.tracing.python_names import rename_keywords
 from passes.tracing.regions import Regions, find_regions
 from passes.tracing.shapes import find_shapes
@@ -37,15 +33,23 @@ from passes.tracing.trace import Region
 
 @dataclass
 class Part:
-    """A region as a fused graph, and what its root is called with."""
+    """A part of the model as a graph that has been rewritten.
+
+    Attributes:
+        path: of the part in the model.
+        graph: what it computes.
+        inputs: what it is called with.
+        unfused: what could not be fused, by name, and why.
+    """
 
     path: str
     graph: fx.GraphModule
     inputs: tuple[object, ...]
+    unfused: Mapping[str, str]
 
     def twin(self) -> Part:
         """The same graph of the same layers, in which other forms of them can be put."""
-        return Part(self.path, fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph)), self.inputs)
+        return Part(self.path, fx.GraphModule(self.graph, copy.deepcopy(self.graph.graph)), self.inputs, self.unfused)
 
 
 def without_unread_filters(model: nn.Module, inputs: tuple[object, ...]) -> nn.Module:
@@ -56,19 +60,19 @@ def without_unread_filters(model: nn.Module, inputs: tuple[object, ...]) -> nn.M
             module.__dict__[key].clear()
     small.requires_grad_(False)
     if any(isinstance(module, Grouped) for module in small.modules()):  # a dense layer reads all that there is
-        run_passes(ELIMINATION, Compilation(small, {SETTINGS: Settings(example_inputs=inputs)}))
+        run_passes((ChannelAnalysis(), Elimination()), Compilation(small, {SETTINGS: Settings(example_inputs=inputs)}))
     return small
 
 
-def fused_parts(small: nn.Module, inputs: tuple[object, ...]) -> list[Part]:
-    """Fuse every region of which the shapes are known; `small` stays as it is.
+def rewritten_parts(small: nn.Module, inputs: tuple[object, ...], rewrites: Sequence[Pass]) -> list[Part]:
+    """Rewrite every region of which the shapes are known; `small` stays as it is.
 
     Raises:
         InputError: there is none.
     """
     regions = find_regions(small, inputs)
-    parts = [Part(region.path, rewritten(region), filled(arguments)) for region, arguments in usable(regions, inputs)]
-    parts += _alone(small, regions)
+    found = [(each.path, each.path, each.graphs["eval"], given) for each, given in usable(regions, inputs)]
+    parts = [rewritten(*each, rewrites) for each in (*found, *_alone(small, regions))]
     if not parts:
         raise InputError(f"{type(small).__name__} has no part that can be frozen: {regions.untraceable}")
     return parts
@@ -83,31 +87,28 @@ def usable(regions: Regions, inputs: tuple[object, ...]) -> Iterator[tuple[Regio
             yield region, arguments
 
 
-def rewritten(region: Region) -> fx.GraphModule:
-    """The eval graph of a region that has shapes, with as few passes over its tensors as possible."""
-    graph = fuse(region, next(region.graphs["eval"].parameters(), torch.empty(0)))
-    fold_constants(graph)
-    use_thresholds(graph)
-    join(graph)
-    keep_layouts(graph)
-    return graph
+def rewritten(
+    path: str, root: str, graph: fx.GraphModule, arguments: tuple[object, ...], rewrites: Sequence[Pass]
+) -> Part:
+    """A part of the model with its graph rewritten, in place; `root` is the path of what the graph's modules lie in."""
+    known: Facts = {PART: root, SHAPES: arguments}
+    found = run_passes(rewrites, Compilation(graph, known))
+    return Part(path, graph, filled(arguments), found[UNFUSED])
 
 
-def _alone(small: nn.Module, regions: Regions) -> Iterator[Part]:
-    """Regrouped layers outside every region, each as a graph of its own, where a run showed how it is called."""
+def _alone(small: nn.Module, regions: Regions) -> Iterator[tuple[str, str, fx.GraphModule, tuple[object, ...]]]:
+    """Regrouped layers outside every region, where a run showed how they are called: each as a graph of its own."""
     seen = regions.observation.called if regions.observation is not None else {}
     for path, layer in small.named_modules():
         inputs, keywords = seen.get(path, {}).get("eval", ((), {}))
         if isinstance(layer, Grouped) and inputs and not keywords and regions.outside(path) is not None:
+            root, _, name = path.rpartition(".")
             graph = fx.Graph()
             x = graph.placeholder("input")  # its name in the forwards of layers
-            x.meta["val"] = inputs[0]
-            y = graph.call_module("layer", (x,))
-            y.meta["val"] = layer(inputs[0])
-            graph.output(y)
-            alone = fx.GraphModule({"layer": Recipe(layer, path)}, graph)
-            keep_layouts(alone)
-            yield Part(path, alone, filled(inputs))
+            graph.output(graph.call_module(name, (x,)))
+            alone = fx.GraphModule({name: layer}, graph)
+            if find_shapes(alone, inputs):
+                yield path, root, alone, inputs
 
 
 def filled(arguments: tuple[object, ...]) -> tuple[object, ...]:

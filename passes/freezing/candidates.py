@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from passes.errors import InputError
 from passes.freezing.decisions import LayerDecision
-from passes.freezing.recipe import LastPool, LibraryLayer, Recipe
+from passes.freezing.recipe import LastPool, LibraryLayer, Recipe, call_name
 from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.geometry import is_linear, output_sizes, spatial_dims
@@ -164,12 +164,6 @@ class _Choosing(Running):
             self.module.set_submodule(target, chosen)
             self._step()
         return super().call_module(target, args, kwargs)
-
-
-def call_name(path: str, decided: Mapping[str, object]) -> str:
-    """A layer's path, or, for further calls of it, its path with a number."""
-    calls = sum(name.partition("#")[0] == path for name in decided)
-    return path if not calls else f"{path}#{calls + 1}"
 
 
 def _choose_one(

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from passes.freezing.assemble import filled
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
 from passes.freezing.locating import first_difference
+from passes.infra.compilation import Pass
 from passes.infra.random_state import seed_all
 from passes.models.comparing import distance, kinds, rounding
 from passes.models.copying import copy_inputs, unhooked_copy
@@ -29,7 +30,9 @@ from passes.options.arguments import call
 Outputs = dict[str, Tensor | Plain]
 
 
-def check(frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs) -> str:
+def check(
+    frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
+) -> str:
     """Compare a frozen form with the model that it was made from, in eval mode.
 
     Args:
@@ -37,6 +40,7 @@ def check(frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecisio
         model: the model; a copy of it is run, without its hooks.
         layers: how each layer is run.
         inputs: the example inputs.
+        rewrites: what rewrote its graphs, to find out which layer differs.
 
     Returns:
         What is worth knowing about the comparison, or "".
@@ -62,7 +66,7 @@ def check(frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecisio
         if not apart:
             continue
         _refuse_randomness(plain, given, expected)
-        layer = first_difference(model, layers, given)
+        layer = first_difference(model, layers, given, rewrites)
         if layer is None and not isinstance(found, str) and _is_doubtful(frozen, found, plain, given):
             return f"{apart}, but every layer by itself agrees: the outputs turn on rounding"
         where = "every layer by itself agrees" if layer is None else f"{layer!r} is the first layer that differs"

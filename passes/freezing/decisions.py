@@ -16,6 +16,7 @@ from passes.freezing.stopwatch import fastest
 
 _KEY = "_sgfx_decisions"
 VERSION = 1
+_SHOWN, _MOST_LINES = 3, 8  # places of each reason, and reasons, that a summary names
 WAYS = ("library", "channels_last", "kernel", "dense")
 
 
@@ -84,12 +85,15 @@ class Decisions:
         milliseconds: the whole model as chosen, with dense weights alone, and with the library alone; empty if nothing
             was measured.
         note: what is worth knowing about the choice, or "".
+        unfused: norms, sums and activations that are no part of a layer, and layers that are run as they are: why, by
+            the path of a module, or by the name of an operation and the module in whose forward it stands.
     """
 
     machine: str
     layers: Mapping[str, LayerDecision]
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    unfused: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -118,7 +122,8 @@ class Decisions:
             }
             for path, layer in layers.items():
                 _check(path, layer)
-            return cls(str(data["machine"]), layers, dict(data["milliseconds"]), str(data["note"]))
+            unfused = dict(data.get("unfused", {}))  # which decisions of before did not have
+            return cls(str(data["machine"]), layers, dict(data["milliseconds"]), str(data["note"]), unfused)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -137,9 +142,22 @@ class Decisions:
         return f"{table}\n{self.summary()}"
 
     def summary(self) -> str:
-        """The machine, the times of the whole model, and the note, a line each."""
+        """The machine, the times of the whole model, the note, and what could not be fused, a line each."""
         whole = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.milliseconds.items())
-        return "\n".join(line for line in (f"measured on {self.machine}", whole, self.note) if line)
+        lines = [f"measured on {self.machine}", whole, self.note, *self._unfused_lines()]
+        return "\n".join(line for line in lines if line)
+
+    def _unfused_lines(self) -> list[str]:
+        """What could not be fused, those of one reason together."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.unfused.items():
+            names.setdefault(reason, []).append(name)
+        lines = []
+        for reason, those in names.items():
+            more = f" and {len(those) - _SHOWN} more" if len(those) > _SHOWN else ""
+            lines.append(f"not fused: {', '.join(those[:_SHOWN])}{more}: {reason}")
+        rest = len(lines) - _MOST_LINES
+        return [*lines[:_MOST_LINES], f"and {rest} more reasons, in decisions.unfused"] if rest > 0 else lines
 
 
 def _check(path: str, layer: LayerDecision) -> None:

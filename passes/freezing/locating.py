@@ -6,33 +6,39 @@ reads, as a graph, with its layers fused, with each layer run in its own way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from passes.freezing.assemble import rewritten, usable, without_unread_filters
-from passes.freezing.candidates import Running, call_name, choose
+from passes.freezing.candidates import Running, choose
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
+from passes.freezing.recipe import call_name
 from passes.freezing.stopwatch import Stopwatch
+from passes.infra.compilation import Pass
 from passes.infra.random_state import seed_all
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import tensors_in
 from passes.options.arguments import call
+from passes.tracing.operations import module_of
 from passes.tracing.regions import find_regions
 from passes.tracing.trace import Region
 from passes.tracing.tracer import join
 
 
-def first_difference(model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs) -> str | None:
+def first_difference(
+    model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
+) -> str | None:
     """Path of the first layer that a frozen form of `model` computes differently; None if every layer agrees.
 
     Args:
         model: the model that was frozen.
         layers: how each layer is run.
         inputs: example inputs.
+        rewrites: what rewrote its graphs.
     """
     plain, small = unhooked_copy(model).eval(), without_unread_filters(model, inputs)
     name = Expected(lambda each: _of_modules(plain, each), inputs).differing(_of_modules(small, inputs))
@@ -40,12 +46,16 @@ def first_difference(model: nn.Module, layers: Mapping[str, LayerDecision], inpu
         return name
     for region, _ in usable(find_regions(small, inputs), inputs):
         given = _arguments(plain, region.path, inputs)
-        if given is not None and (name := _in_region(small.get_submodule(region.path), region, layers, given)):
-            return name
+        if given is not None:
+            name = _in_region(small.get_submodule(region.path), region, layers, given, rewrites)
+            if name is not None:
+                return name
     return None
 
 
-def _in_region(part: nn.Module, region: Region, layers: Mapping[str, LayerDecision], inputs: Inputs) -> str | None:
+def _in_region(
+    part: nn.Module, region: Region, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
+) -> str | None:
     graph, paths = region.graphs["eval"], {}
     expected = Expected(lambda each: _of_modules(part, each), inputs)
     traced = _of_nodes(graph, inputs, lambda node: str(node.target) if node.op == "call_module" else "")
@@ -54,14 +64,14 @@ def _in_region(part: nn.Module, region: Region, layers: Mapping[str, LayerDecisi
     expected = Expected(lambda each: _of_nodes(graph, each, lambda node: node.name), inputs)
     for node in graph.graph.nodes:
         node.meta["stands_for"] = node.name  # fusing hands it on to what computes the same
-    fused = rewritten(region)
-    for node in fused.graph.nodes:
-        module = fused.get_submodule(str(node.target)) if node.op == "call_module" else None
+    rewritten(region.path, region.path, graph, inputs, rewrites)
+    for node in graph.graph.nodes:
+        module = module_of(graph, node)
         paths[node.meta.get("stands_for", "")] = getattr(module, "path", None) or node.name
     for chosen in (False, True):
         if chosen:
-            choose(fused, inputs, None, layers, Stopwatch())
-        name = expected.differing(_of_nodes(fused, inputs, lambda node: node.meta.get("stands_for", "")))
+            choose(graph, inputs, None, layers, Stopwatch())
+        name = expected.differing(_of_nodes(graph, inputs, lambda node: node.meta.get("stands_for", "")))
         if name is not None:
             return str(paths[name])
     return None

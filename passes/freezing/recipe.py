@@ -5,7 +5,7 @@ The scale of a norm behind a layer goes into the layer's filters, and its shift 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -165,14 +165,14 @@ class FusedNorm(nn.Module):
     shift: Tensor
     activation: str | None
 
-    def __init__(self, norm: nn.Module, like: Tensor) -> None:
-        """Take a batch norm in eval mode; `like` has the dtype to compute in."""
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        """Take a batch norm in eval mode, and the type to compute in."""
         super().__init__()
         scale, shift = scale_and_shift(norm)
-        self.register_buffer("mean", torch.zeros_like(scale, dtype=like.dtype))
-        self.register_buffer("var", torch.ones_like(scale, dtype=like.dtype))
-        self.register_buffer("scale", scale.to(like.dtype))
-        self.register_buffer("shift", shift.to(like.dtype))
+        self.register_buffer("mean", torch.zeros_like(scale, dtype=dtype))
+        self.register_buffer("var", torch.ones_like(scale, dtype=dtype))
+        self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("shift", shift.to(dtype))
         self.activation = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,3 +199,9 @@ class LastPool(nn.Module):
         images = max(1, self.PART * len(x) // max(x.numel(), 1))
         parts = [self.pool(part.contiguous(memory_format=torch.channels_last)) for part in torch.split(x, images)]
         return torch.cat([part.contiguous() for part in parts]) if len(parts) > 1 else parts[0].contiguous()
+
+
+def call_name(path: str, known: Collection[str]) -> str:
+    """A layer's path, or, for further calls of it than those that are `known`, its path with a number."""
+    calls = sum(name.partition("#")[0] == path for name in known)
+    return path if not calls else f"{path}#{calls + 1}"

@@ -12,8 +12,8 @@ import passes
 ROOT = Path(passes.__file__).parent
 # As data flows. The kernel stands early: it knows nothing of the compiler.
 ORDER = (
-    "errors", "kernel", "infra", "layers", "options", "models", "tracing", "compression", "elimination", "pipeline",
-    "calibration", "freezing",
+    "errors", "kernel", "infra", "layers", "options", "models", "tracing", "compression", "elimination",
+    "calibration", "freezing", "pipeline",
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import passes.freezing.packing
 import sgfx
+from passes.elimination.elimination import Elimination
 from passes.errors import InputError
-from passes.freezing import assemble
 from passes.freezing.recipe import Recipe
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 from tests.sgfx.test_freeze_unusual import Wrapper
@@ -57,13 +57,12 @@ def test_a_fault_in_the_kernel_is_named(monkeypatch, layer):
 
 
 def test_a_fault_in_elimination_is_named(monkeypatch):
-    run_passes = assemble.run_passes
-
-    def wrong(each, compilation):
-        run_passes(each, compilation)
+    def wrong(self, compilation, run=Elimination.run):
+        found = run(self, compilation)
         compilation.model.conv2.weight.data.mul_(2)
+        return found
 
-    monkeypatch.setattr(assemble, "run_passes", wrong)
+    monkeypatch.setattr(Elimination, "run", wrong)
     small = sgfx.compile(trained(Block()), groups=3, ratio=0.1)
     with pytest.raises(InputError, match="'conv2' is the first layer that differs"):
         sgfx.freeze(small, IMAGES, strategy="library")

@@ -9,9 +9,10 @@ from torch import nn
 
 import sgfx
 import sgfx.freezing
+from passes.elimination.elimination import Elimination
 from passes.errors import InputError
-from passes.freezing import assemble
 from passes.freezing.decisions import Decisions, decisions_of
+from passes.freezing.rewrites.layers import MakeRecipes
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 
 
@@ -65,14 +66,13 @@ def test_a_forced_strategy_comes_before_decisions_that_came_with_the_model():
 
 def test_a_model_is_fused_once_and_a_dense_one_is_not_searched_for_filters(monkeypatch):
     done = []
-    for name in ("fuse", "run_passes"):
-        function = getattr(assemble, name)
-        monkeypatch.setattr(assemble, name, lambda *args, f=function, n=name: done.append(n) or f(*args))
+    for kind in (MakeRecipes, Elimination):
+        monkeypatch.setattr(kind, "run", lambda self, given, run=kind.run: done.append(self.name) or run(self, given))
     model = trained(Block())
     sgfx.freeze(model, IMAGES)
-    assert done == ["fuse"]
+    assert done == ["make recipes"]
     sgfx.freeze(sgfx.compile(model, groups=3, ratio=0.5), IMAGES)
-    assert done == ["fuse", "run_passes", "fuse"]
+    assert done == ["make recipes", "elimination", "make recipes"]
 
 
 def test_copies_keep_their_decisions():

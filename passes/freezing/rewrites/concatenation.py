@@ -7,17 +7,26 @@ nobody who reads it could change it in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.rewrites.rewrite import SHAPES, Rewrite, graph_of
+from passes.infra.compilation import Compilation
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.tracing.mutation import is_unchanged
 
 READERS = (Recipe, FusedNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.BatchNorm2d)
 CATS = (torch.cat, torch.concat, torch.concatenate)
+
+
+class Step(NamedTuple):
+    """A concatenation, and what it puts together, those within it taken apart."""
+
+    node: fx.Node
+    parts: list[fx.Node]
 
 
 def begin(parts: list[Tensor], channels: int) -> Tensor:
@@ -35,19 +44,33 @@ def append(joined: Tensor, parts: list[Tensor], start: int) -> Tensor:
     return joined.narrow(1, 0, start)
 
 
-def join(graph: fx.GraphModule) -> int:
-    """Rewrite growing concatenations of a graph that has shapes, in place; return how many took part."""
-    chains: list[list[tuple[fx.Node, list[fx.Node]]]] = []
+class JoinConcatenations(Rewrite):
+    """Let growing concatenations add to one tensor."""
+
+    name = "join concatenations"
+    requires = (SHAPES,)
+
+    def run(self, compilation: Compilation) -> None:
+        """Find those that belong together, and rewrite them."""
+        graph = graph_of(compilation)
+        for chain in growing(graph):
+            if len(chain) > 1:
+                _rewrite(graph, chain)
+        graph.recompile()
+
+
+def growing(graph: fx.GraphModule) -> list[list[Step]]:
+    """The concatenations that may grow, each with those that add to it."""
+    chains: list[list[Step]] = []
     for node in graph.graph.nodes:
         if _may_grow(graph, node):
-            parts = _parts(node)
-            chain = next((chain for chain in chains if _continues(graph, chain[-1], node, parts)), None)
-            chains.append([(node, parts)]) if chain is None else chain.append((node, parts))
-    chains = [chain for chain in chains if len(chain) > 1]
-    for chain in chains:
-        _rewrite(graph, chain)
-    graph.recompile()
-    return sum(map(len, chains))
+            step = Step(node, _parts(node))
+            chain = next((chain for chain in chains if _continues(graph, chain[-1], step)), None)
+            if chain is None:
+                chains.append([step])
+            else:
+                chain.append(step)
+    return chains
 
 
 def _may_grow(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -74,17 +97,16 @@ def _parts(node: fx.Node) -> list[fx.Node]:
     return [each for part in parts for each in (_parts(part) if _joins_channels(part) else [part])]
 
 
-def _continues(graph: fx.GraphModule, last: tuple[fx.Node, list[fx.Node]], node: fx.Node, parts: list[fx.Node]) -> bool:
+def _continues(graph: fx.GraphModule, last: Step, step: Step) -> bool:
     """Whether a concatenation adds to the last one of a chain, whose parts are still what they were."""
-    step, before = last
-    longer = len(parts) > len(before) and parts[: len(before)] == before
-    return longer and all(is_unchanged(graph, part, step, node) for part in before)
+    longer = len(step.parts) > len(last.parts) and step.parts[: len(last.parts)] == last.parts
+    return longer and all(is_unchanged(graph, part, last.node, step.node) for part in last.parts)
 
 
-def _rewrite(graph: fx.GraphModule, chain: list[tuple[fx.Node, list[fx.Node]]]) -> None:
-    first, before = chain[0]
-    with graph.graph.inserting_before(first):
-        whole = graph.graph.call_function(begin, (before, chain[-1][0].meta["val"].shape[1]))
+def _rewrite(graph: fx.GraphModule, chain: list[Step]) -> None:
+    before = chain[0].parts
+    with graph.graph.inserting_before(chain[0].node):
+        whole = graph.graph.call_function(begin, (before, chain[-1].node.meta["val"].shape[1]))
     for node, parts in chain:
         start = sum(part.meta["val"].shape[1] for part in before)
         with graph.graph.inserting_before(node):

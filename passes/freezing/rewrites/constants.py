@@ -20,36 +20,39 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.freezing.recipe import ACTIVATIONS, Recipe
+from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, SHAPES, Rewrite, graph_of, recipe_of
+from passes.infra.compilation import Compilation
 from passes.layers.channel_cut import Cut, smaller
 from passes.layers.geometry import conv_groups, is_linear, padding_list, spatial_dims
 from passes.layers.grouped import Grouped
 
 
-def fold_constants(graph: fx.GraphModule) -> int:
-    """Fold constant channels of a fused graph into what follows, in place; return how many were taken out."""
-    count = 0
-    for node in graph.graph.nodes:
-        recipe = _recipe(graph, node)
-        if recipe is not None and isinstance(recipe.layer, Grouped) and len(node.args) == 1:
-            count += _fold(node, recipe, [reader_of(graph, user, node) for user in node.users])
-    return count
+class FoldConstants(Rewrite):
+    """Fold constant channels into the biases of what reads them."""
 
+    name = "fold constants"
+    requires = (SHAPES, PLAIN_INPUTS)  # what a layer keeps between ends would have to be cut too
 
-def _recipe(graph: fx.GraphModule, node: fx.Node) -> Recipe | None:
-    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, Recipe) else None
+    def run(self, compilation: Compilation) -> None:
+        """Go through the layers in order."""
+        graph = graph_of(compilation)
+        for node in graph.graph.nodes:
+            recipe = recipe_of(graph, node)
+            if recipe is not None and isinstance(recipe.layer, Grouped) and len(node.args) == 1:
+                _fold(node, recipe, [reader_of(graph, user, node) for user in node.users])
 
 
 def reader_of(graph: fx.GraphModule, user: fx.Node, node: fx.Node) -> Recipe | None:
     """The layer that a user of a node is, which reads it as its input and in no other place, or None."""
-    return _recipe(graph, user) if user.args[:1] == (node,) and node not in user.args[1:] else None
+    return recipe_of(graph, user) if user.args[:1] == (node,) and node not in user.args[1:] else None
 
 
-def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> int:
+def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> None:
+    """Take the constant filters out of one layer, as far as all of its readers can do without them."""
     found: Any = recipe.layer
     channels = constant_filters(found)
     if not len(channels):
-        return 0
+        return
     values = constant_values(recipe, channels)
     taken = torch.ones(len(channels), dtype=torch.bool)
     for reader in readers:
@@ -58,14 +61,13 @@ def _fold(node: fx.Node, recipe: Recipe, readers: Sequence[Recipe | None]) -> in
     stay = torch.ones(found.dense_shape[0], dtype=torch.bool).index_fill_(0, channels.cpu(), False).nonzero()[:, 0]
     layers: list[Any] = [each.layer for each in readers if each is not None]
     if not len(channels) or any(isinstance(each, Grouped) and not _reads_any(each, stay) for each in layers):
-        return 0
+        return
     for reader in readers:
         if reader is not None:
             reader.add(absorbed(reader.weight(), channels, values))
             reader.layer = smaller(reader.layer, Cut(inputs=stay))
     recipe.keep(stay)
     node.meta["val"] = node.meta["val"].narrow(-1 - spatial_dims(found), 0, len(stay))
-    return len(channels)
 
 
 def constant_filters(layer: Grouped) -> Tensor:

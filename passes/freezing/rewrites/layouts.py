@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.rewrites.rewrite import SHAPES, Rewrite, graph_of
+from passes.infra.compilation import Compilation
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.tracing.mutation import is_known, storages, written_by
 
@@ -31,16 +33,30 @@ _MODULES_VIEW_OR_COPY = (nn.Flatten, nn.Unflatten)
 _MAKERS = (Recipe, nn.MaxPool2d, nn.AvgPool2d)
 
 
-def keep_layouts(graph: fx.GraphModule) -> int:
-    """Put what layers make into the layout of the model where that matters, in place; return in how many places."""
+class KeepLayouts(Rewrite):
+    """Put what layers make into the layout of the model where that matters."""
+
+    name = "keep layouts"
+    requires = (SHAPES,)
+
+    def run(self, compilation: Compilation) -> None:
+        """Go through what layers and poolings make."""
+        graph = graph_of(compilation)
+        for node in held(graph):
+            if _is(graph, node, _MAKERS):
+                _put_as_in_model(graph, node)
+        graph.recompile()
+
+
+def held(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph of which the layout of what they yield matters."""
     nodes = list(graph.graph.nodes)
     written = set().union(*(written_by(graph, node) for node in nodes))
-    held: set[fx.Node] = set()  # nodes of which the layout of what they yield matters
+    found: set[fx.Node] = set()
     for node in reversed(nodes):
-        if any(_asks(graph, user, written) or (user in held and not _is(graph, user, Recipe)) for user in node.users):
-            held.add(node)
-    makers = [node for node in nodes if node in held and _is(graph, node, _MAKERS)]
-    return sum(_put_as_in_model(graph, node) for node in makers)
+        if any(_asks(graph, user, written) or (user in found and not _is(graph, user, Recipe)) for user in node.users):
+            found.add(node)
+    return [node for node in nodes if node in found]
 
 
 def _is(graph: fx.GraphModule, node: fx.Node, kinds: Any) -> bool:
@@ -66,13 +82,12 @@ def _is_written(node: fx.Node, written: set[int]) -> bool:
     return any(storages(each.meta.get("val")) & written for each in (node, *node.all_input_nodes))
 
 
-def _put_as_in_model(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _put_as_in_model(graph: fx.GraphModule, node: fx.Node) -> None:
     value = node.meta["val"]
     if not isinstance(value, Tensor) or value.dim() != 4:
-        return False  # pools that give indices are left to the library, and others lie in one way
+        return  # pools that give indices are left to the library, and others lie in one way
     layout = torch.contiguous_format if value.is_contiguous() else torch.channels_last
     with graph.graph.inserting_after(node):
         new = graph.graph.call_method("contiguous", (node,), {"memory_format": layout})
     new.meta["val"] = value
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    return True

@@ -12,11 +12,14 @@ constant: w · s becomes 0, and t becomes what the activation makes of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from passes.freezing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.constants import absorbed, pads_with_zeros, reader_of, reads_channels
+from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, Place, Rule, shape_of
 from passes.tracing.mutation import is_unchanged
 
 HIGHEST = {"relu": torch.inf, "relu6": 6.0}
@@ -38,30 +41,55 @@ def thresholds(scale: Tensor, shift: Tensor, highest: float) -> tuple[Tensor, Te
     return low, high, s, t
 
 
-def use_thresholds(graph: fx.GraphModule) -> int:
-    """Move norms and activations of a fused graph into the layers that read them, in place; return how many."""
-    count = 0
-    for node in graph.graph.nodes:
-        norm = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(norm, FusedNorm) and _may_move(norm):
-            readers = [reader_of(graph, user, node) for user in node.users]
-            dims = node.meta["val"].dim() - 2
-            same = all(is_unchanged(graph, node.all_input_nodes[0], node, user) for user in node.users)
-            if same and all(reader is not None and _may_read(reader, dims) for reader in readers):
-                _move(norm, [each for each in readers if each is not None])
-                node.replace_all_uses_with(node.args[0])
-                graph.graph.erase_node(node)
-                count += 1
-    return count
+class UseThresholds(Rule):
+    """Move norms and activations into the layers that read them."""
+
+    name = "use thresholds"
+    ends = (PLAIN_INPUTS,)
+
+    def applies(self, place: Place) -> bool:
+        """A norm that no layer before it has taken."""
+        return isinstance(place.module, FusedNorm)
+
+    def obstacle(self, place: Place) -> str | None:
+        """What the norm is, and what reads it."""
+        dims = len(shape_of(place.node)) - 2
+        reasons = [_norm_obstacle(place.module)]
+        reasons += [_reader_obstacle(place, user, dims) for user in place.node.users]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def rewrite(self, place: Place) -> None:
+        """Move it."""
+        readers = [reader_of(place.graph, user, place.node) for user in place.node.users]
+        if isinstance(place.module, FusedNorm):
+            _move(place.module, [each for each in readers if each is not None])
+        place.node.replace_all_uses_with(place.node.all_input_nodes[0])
+        place.graph.graph.erase_node(place.node)
 
 
-def _may_move(norm: FusedNorm) -> bool:
-    precise = norm.scale.dtype in (torch.float32, torch.float64)
-    return precise and norm.activation in HIGHEST and bool(norm.shift.abs().max() <= MOST_SHIFT)
+def _norm_obstacle(norm: Any) -> str | None:
+    """Why a norm and what is done behind it are no comparison that is precise enough."""
+    if norm.activation not in HIGHEST:
+        return "no ReLU follows it"
+    if norm.scale.dtype not in (torch.float32, torch.float64):
+        return "it computes in half precision"
+    return f"it shifts by more than {MOST_SHIFT:g}" if bool(norm.shift.abs().max() > MOST_SHIFT) else None
 
 
-def _may_read(reader: Recipe, dims: int) -> bool:
-    return reads_channels(reader.layer, dims) and not pads_with_zeros(reader.layer)
+def _reader_obstacle(place: Place, user: fx.Node, dims: int) -> str | None:
+    """Why what reads a norm can't compare in its place, where pictures have `dims` dimensions."""
+    reader = reader_of(place.graph, user, place.node)
+    if reader is None:
+        return "what reads it is no layer"
+    if not reads_channels(reader.layer, dims):
+        return f"the filters of layer {reader.path!r} behind it do not read all channels"
+    if pads_with_zeros(reader.layer):
+        return f"layer {reader.path!r} behind it pads with zeros"
+    if reader.ends is not None:
+        return f"layer {reader.path!r} behind it compares already"
+    if not is_unchanged(place.graph, place.node.all_input_nodes[0], place.node, user):
+        return f"what it reads is changed in place before layer {reader.path!r}"
+    return None
 
 
 def _move(norm: FusedNorm, readers: list[Recipe]) -> None:

@@ -78,7 +78,7 @@ def test_modules_of_torch_and_of_this_package_are_known():
     fast = nn.Conv2d(4, 4, 1)
     fast.compile()
     layers = [used, fast, nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Sequential(nn.ReLU())]
-    assert all(map(is_as_torch_made_it, [*layers, GroupedConv2d(), FusedNorm(used, torch.zeros(1))]))
+    assert all(map(is_as_torch_made_it, [*layers, GroupedConv2d(), FusedNorm(used, torch.float32)]))
 
 
 @pytest.mark.parametrize("name", ["forward", "__call__"])

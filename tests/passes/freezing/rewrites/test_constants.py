@@ -7,10 +7,13 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.freezing.recipe import LibraryLayer, Recipe
-from passes.freezing.rewrites.constants import absorbed, constant_filters, fold_constants, pads_with_zeros
-from passes.freezing.rewrites.fusion import fuse
+from passes.freezing.rewrites.constants import FoldConstants, absorbed, constant_filters, pads_with_zeros
+from passes.freezing.rewrites.rewrite import PART, SHAPES
+from passes.infra.compilation import Compilation
+from passes.infra.manager import run_passes
 from passes.layers.grouped import GROUPED
 from passes.layers.plan import LayerPlan, attach_plan
+from passes.pipeline import REWRITES
 from passes.tracing.regions import find_regions
 from passes.tracing.shapes import find_shapes
 from passes.tracing.trace import Region
@@ -30,12 +33,20 @@ def grouped(layer, labels, keep):
 
 
 def fused(model, x):
-    """The fused graph of a model, and what was folded."""
+    """The fused graph of a model, and how many constants were folded."""
     (region,) = find_regions(model.eval(), (x,)).parts
     assert isinstance(region, Region)
-    assert find_shapes(region.graphs["eval"], (x,))
-    graph = fuse(region, x)
-    return graph, fold_constants(graph)
+    graph = region.graphs["eval"]
+    assert find_shapes(graph, (x,))
+    before = [each for each in REWRITES if each.name in ("make recipes", "fold norms", "fuse sums", "fuse activations")]
+    compilation = run_passes([REWRITES[0], *before], Compilation(graph, {PART: "", SHAPES: (x,)}))
+    there = filters(graph)
+    run_passes([FoldConstants()], compilation)
+    return graph, there - filters(graph)
+
+
+def filters(graph):
+    return sum(len(module.weight()) for module in graph.modules() if isinstance(module, Recipe))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from passes.errors import let_memory_errors_pass
@@ -18,10 +19,18 @@ def read_image(path: str) -> Image.Image | None:
     """The image in a file as RGB, or None if it can't be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _as_rgb(image)
     except Exception as error:  # damaged bytes make the decoders raise nearly anything
         let_memory_errors_pass(error)
         return None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind as RGB; Pillow would clip 16 bits to the 8 that are kept."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((pixels / 257).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def warn_of(names: Collection[str], total: int, place: str) -> None:

@@ -248,10 +248,19 @@ class Loop:
             model.eval()
             for _, inputs, targets in data.batches(self.position.epoch):
                 made = (self.task.outputs(call, inputs, targets), targets)
-                if self._several:
-                    made = self._accelerator.gather_for_metrics(made, self.task.gathers_objects)
-                meter.update(*made)
+                meter.update(*(self._from_all(made) if self._several else made))
         return meter.results([meter.state()])
+
+    def _from_all(self, made: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Outputs and targets of all processes, each example once."""
+        from accelerate.utils import send_to_device
+
+        if not self.task.gathers_objects:
+            outputs, targets = self._accelerator.gather_for_metrics(made)
+        else:
+            own = send_to_device(list(zip(*made, strict=True)), "cpu")
+            outputs, targets = zip(*self._accelerator.gather_for_metrics(own, use_gather_object=True), strict=True)
+        return outputs, targets
 
     @property
     def _several(self) -> bool:

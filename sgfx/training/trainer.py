@@ -30,13 +30,15 @@ from sgfx.training.run_folder import RunFolder
 from sgfx.training.schedules import Schedule
 from sgfx.training.settings import Settings
 from sgfx.training.tasks.classification import Classification
+from sgfx.training.tasks.detection import Detection
+from sgfx.training.tasks.precision import check_installed
 from sgfx.training.tasks.task import Task
 from sgfx.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TASKS = ("classification",)
+TASKS = ("classification", "detection")
 
 
 class Trainer:
@@ -62,7 +64,9 @@ class Trainer:
         teacher: a model whose outputs, and those of whose blocks, are the targets of training, in place of the labels,
             such as the dense model that `model` was compiled from; see `sgfx.distill`. Labels are then only counted
             against, and the batches of `train_data` may also be inputs alone.
-        task: what the model is trained for: ``"classification"``.
+        task: what the model is trained for: ``"classification"``, or ``"detection"``: `model` is a detector as
+            torchvision has them, batches are ``(images, targets)``, its losses are summed, and the mean average
+            precision is measured (`docs/detection.md`).
         schedule: ``"constant"``, ``"cosine"`` (by epoch), or the epochs after which `lr` is divided by ten:
             ``(100, 150)``.
         folder: where the run is kept: ``last.pt``, a checkpoint to go on from; ``best.pt``, the weights of the epoch
@@ -166,7 +170,7 @@ class Trainer:
             tracker=tracker,
             seed=seed,
         )
-        self._task = _make_task(self._settings, teacher)
+        self._task = _make_task(self._settings, teacher, val_data is not None)
         self._folder = None if folder is None else RunFolder(folder)
         self._resume, self._progress = resume, progress
         _check_together(self._settings, self._folder, resume, self._train_data, self._val_data)
@@ -227,9 +231,17 @@ class Trainer:
         return source
 
 
-def _make_task(settings: Settings, teacher: nn.Module | None) -> Task:
+def _make_task(settings: Settings, teacher: nn.Module | None, validated: bool) -> Task:
     if settings.task not in TASKS:
         raise InputError(f"unknown task {settings.task!r}; choose {' or '.join(map(repr, TASKS))}")
+    given = {"loss": settings.loss is not None, "label_smoothing": settings.label_smoothing, "teacher": teacher}
+    if settings.task == "detection":
+        if name := next((name for name, value in given.items() if value), None):
+            hint = ": sgfx.distill trains towards a dense detector" if name == "teacher" else ""
+            raise InputError(f"{name} is of task='classification', and detectors have losses of their own{hint}")
+        if validated:
+            check_installed()
+        return Detection()
     if teacher is not None and (settings.label_smoothing or settings.loss is not None):
         name = "loss" if settings.loss is not None else "label_smoothing"
         raise InputError(f"{name} is of labels, and a teacher's outputs take their place: leave one out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from passes.compression.grouping import Grouping
 from passes.compression.importance import Importance
 from passes.compression.lowering import Lowering
@@ -10,6 +12,12 @@ from passes.compression.pruning import Pruning
 from passes.compression.selection import Selection
 from passes.elimination.analysis import ChannelAnalysis
 from passes.elimination.elimination import Elimination
+from passes.freezing.chaining import Chaining
+from passes.freezing.checking import Comparison
+from passes.freezing.forms import Forming
+from passes.freezing.parts import RemoveUnread, Rewriting
+from passes.freezing.placing import Placing
+from passes.freezing.recording import Recording
 from passes.freezing.rewrites.activations import FuseActivations
 from passes.freezing.rewrites.concatenation import JoinConcatenations
 from passes.freezing.rewrites.constants import FoldConstants
@@ -40,3 +48,10 @@ REWRITES: tuple[Pass, ...] = (
     DropNothing(), MakeRecipes(), FoldNorms(), FuseSums(), KeepNorms(), FuseActivations(),
     FoldConstants(), UseThresholds(), JoinConcatenations(), KeepLayouts(),
 )  # fmt: skip
+REWRITING: tuple[Pass, ...] = (RemoveUnread(), Trace(), Rewriting(REWRITES))
+ARRANGING: tuple[Pass, ...] = (Placing(), Chaining())
+
+
+def freezing(tick: Callable[[], object]) -> tuple[Pass, ...]:
+    """What is done with the rewritten parts of a model; `tick` is called after each layer that was decided about."""
+    return (Forming(ARRANGING, tick), Comparison(REWRITES), Recording())

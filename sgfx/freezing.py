@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 
+from passes import kernel
 from passes.errors import InputError
-from passes.freezing.assemble import Part, rewritten_parts, without_unread_filters
-from passes.freezing.candidates import checked_strategy, chosen_layers, layer_works
-from passes.freezing.checking import check
-from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
-from passes.freezing.forms import fastest_form, form_as_told
-from passes.freezing.hooks import check_hooks
-from passes.freezing.stopwatch import Stopwatch
+from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
+from passes.freezing.choosing import chosen_layers, layer_works
+from passes.freezing.decisions import Decisions, decisions_of, machine
+from passes.freezing.hooks import check_hooks, check_weights
+from passes.freezing.parts import PARTS, quiet_copy
+from passes.freezing.recording import FROZEN
+from passes.infra.compilation import Compilation, Facts
+from passes.infra.manager import run_passes
 from passes.infra.random_state import preserved_random_state
 from passes.models.copying import copy_inputs
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import check_model
-from passes.pipeline import REWRITES
+from passes.options.settings import SETTINGS, Settings
+from passes.pipeline import REWRITING, freezing
 from sgfx.progress import progress_bar
 
 
@@ -66,7 +67,7 @@ def freeze(
     inputs: tuple[object, ...] = copy_inputs(as_inputs(example_inputs, model) or ())
     if not inputs:
         raise InputError("freeze needs example_inputs, a tensor or a tuple of positional arguments, to measure with")
-    _check_weights(model)
+    check_weights(model)
     with preserved_random_state():
         check_hooks(model, inputs)
     strategy = checked_strategy(strategy)
@@ -74,31 +75,14 @@ def freeze(
         raise InputError("strategy forces one way for all layers, decisions say one for each: give only one of them")
     note = "" if strategy == "library" else _note_without_kernel(strategy)
     given = None if strategy is not None else _given(model, decisions)
-    stopwatch = Stopwatch()
+    asked = Asked(strategy, given, decisions is not None, machine(), note)
     with preserved_random_state():
-        small = without_unread_filters(model, inputs)
-        parts = rewritten_parts(small, inputs, REWRITES)
-        if decisions is None and given is not None and not _fits(given, parts):
-            given = None
-        layers = sum(len(layer_works(part.graph)) for part in parts)
-        with progress_bar("freeze", layers, "layer", shown=progress) as step:
-            if strategy is None and given is None:
-                form = fastest_form(small, parts, inputs, stopwatch, step)
-            else:
-                form = form_as_told(small, parts, strategy, given, stopwatch, step)
-        if decisions is not None and given is not None:
-            _check_names(given, form.layers)
-        doubt = check(form.model, model, form.layers, inputs, REWRITES)
-    notes = dict.fromkeys((note, *form.note.split("; "), stopwatch.complaint(), doubt))
-    unfused = {name: reason for part in parts for name, reason in part.unfused.items()}
-    made = Decisions(machine(), form.layers, form.milliseconds, "; ".join(filter(None, notes)), unfused)
-    if strategy is None and given is None and not stopwatch.is_noisy:
-        attach_decisions(model, made)
-    frozen = form.model
-    frozen.decisions = made  # type: ignore[assignment]
-    if isinstance(frozen, fx.GraphModule):
-        frozen.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"decisions": made}  # which copies of it keep
-    return frozen
+        known: Facts = {SETTINGS: Settings(example_inputs=inputs), ORIGINAL: model, ASKED: asked}
+        compilation = run_passes(REWRITING, Compilation(quiet_copy(model), known))
+        layers = sum(len(layer_works(part.graph)) for part in compilation[PARTS])
+        with progress_bar("freeze", layers, "layer", shown=progress) as tick:
+            run_passes(freezing(tick), compilation)
+    return compilation[FROZEN]
 
 
 def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) -> Decisions | None:
@@ -122,39 +106,10 @@ def _given(model: nn.Module, decisions: Decisions | Mapping[str, Any] | None) ->
 
 def _note_without_kernel(strategy: str | None) -> str:
     """Why the kernel can't be used on this machine, with a warning; "" if it can."""
-    from passes.kernel import supported
-
-    reason = supported()
+    reason = kernel.supported()
     if reason is None:
         return ""
     if strategy == "kernel":
         raise InputError(f"strategy='kernel' asks for the kernel, which can't run here: {reason}")
     warnings.warn(f"freeze uses the library alone: the kernel can't run here: {reason}", stacklevel=3)
     return f"the kernel can't run here: {reason}"
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Refuse layers whose weight is computed by a hook: it may be stale now, and a frozen model has no hooks."""
-    for path, module in model.named_modules():
-        parametrized, layer = hasattr(module, "parametrizations"), isinstance(module, _ConvNd | nn.Linear)
-        computing = any(
-            type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
-        )
-        if computing or (layer and "weight" not in module._parameters and not parametrized):
-            raise InputError(
-                f"the weight of layer {path!r} is computed by a hook (weight_norm, spectral_norm, prune): make it a "
-                "plain parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
-            )
-
-
-def _fits(given: Decisions, parts: Sequence[Part]) -> bool:
-    """Whether decisions that came with the model were made for its layers as they are now, and for such inputs."""
-    works = {path: work for part in parts for path, work in layer_works(part.graph).items()}
-    return all(path in given.layers and given.layers[path].is_alike(work) for path, work in works.items())
-
-
-def _check_names(given: Decisions, layers: Mapping[str, LayerDecision]) -> None:
-    """Refuse decisions of another model, as far as their names tell."""
-    unknown = next((path for path in given.layers if path not in layers), None)
-    if unknown is not None:
-        raise InputError(f"the decisions are of another model: this one has no layer {unknown!r} to decide about")

@@ -2,14 +2,16 @@
 
 | file | what it does |
 |---|---|
+| `asking`, `hooks` | what is asked for; a model in which a hook changes something is refused |
+| `parts` | the parts of a model that can be traced, as rewritten graphs |
 | `recipe` | the modules of the inference form that call the library, and the algebra of folding a norm |
 | `rewrites` | passes over an eval graph: norms, sums, activations, constants and more move into layers |
-| `decisions` | what was measured and chosen, and on what machine |
-| `candidates` | times the candidates of each layer on its real shape, and puts the fastest in |
+| `choosing`, `candidates` | the fastest form of each layer, on its real shape; the ways to run one |
+| `decisions`, `recording` | what was measured and chosen, and on what machine; where it is kept |
+| `packing` | a layer as the kernel takes it |
 | `placing` | lets a layer write into the padded plane that the next one reads |
 | `chaining` | packed layers that follow each other run in one call |
-| `assemble`, `forms` | the parts of a model put together; the fastest form of the whole |
+| `assembling`, `forms` | the parts of a model put together; the fastest form of the whole |
 | `checking`, `locating`, `doubt` | compared with the model; where it differs first; what rounding explains |
-| `hooks` | a model in which a hook changes something is refused |
 | `stopwatch` | the one clock |
 """

@@ -1,4 +1,4 @@
-"""Choosing: every layer is run in the way that is fastest on its real shape.
+"""Candidates: the ways to run a layer, of which the fastest on its real shape is taken.
 
 1. The candidates of a layer are the library, the library with channels last, and the kernel with a few tilings; of a
    regrouped layer also the kernel with the dense weight, with zeros where it is pruned.
@@ -16,99 +16,40 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from passes.errors import InputError
+from passes import kernel
+from passes.freezing import packing
 from passes.freezing.decisions import LayerDecision
-from passes.freezing.recipe import LastPool, LibraryLayer, Recipe, call_name
+from passes.freezing.recipe import LastPool, LibraryLayer, Recipe
 from passes.freezing.stopwatch import Stopwatch, fastest
+from passes.kernel import PackedConv2d, Tiling, tilings
+from passes.kernel.layout.packing import Tables
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.geometry import is_linear, output_sizes, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.plain import dense_layer
-from passes.layers.plan import attach_plan, plan_of
-from passes.tracing.shapes import Interpreter
 
-STRATEGIES = ("library", "kernel")
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
-def choose(
-    graph: fx.GraphModule,
-    inputs: tuple[Any, ...],
-    strategy: str | None,
-    given: Mapping[str, LayerDecision],
-    stopwatch: Stopwatch,
-    step: Callable[[], object] = lambda: None,
-) -> dict[str, LayerDecision]:
-    """Put the fastest form of each layer in the place of its recipe, in place.
-
-    Args:
-        graph: a fused eval graph.
-        inputs: example inputs of the graph.
-        strategy: None to measure; ``"library"`` or ``"kernel"`` forces one, the kernel where it can compute a layer.
-        given: decisions to take as they are, by layer.
-        stopwatch: measures what is not given.
-        step: called after each layer.
-
-    Returns:
-        What was decided, by layer.
-    """
-    choosing = _Choosing(graph, strategy, given, stopwatch, step)
-    with torch.no_grad():
-        choosing.run(*inputs)
-    return choosing.decided
-
-
-def _is_pool(module: nn.Module) -> bool:
+def is_pool(module: nn.Module) -> bool:
     """Whether a module is a pooling that gives one tensor."""
     known = type(module) in POOLS and is_as_torch_made_it(module)
     return known and not getattr(module, "return_indices", False)
 
 
-def layer_works(graph: fx.GraphModule) -> dict[str, LayerDecision]:
-    """What each layer that `choose` would decide about has to do, for the shapes of the graph; left to the library."""
-    works: dict[str, LayerDecision] = {}
-    for node in graph.graph.nodes:
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, Recipe):
-            x = node.all_input_nodes[0].meta["val"]
-            works[call_name(module.path, works)] = _work(x, _macs(module, x.shape))
-        elif module is not None and _is_pool(module):
-            works[call_name(str(node.target), works)] = _work(node.all_input_nodes[0].meta["val"])
-    return works
-
-
-def _work(x: Tensor, macs: int = 0) -> LayerDecision:
+def work_of(x: Tensor, macs: int = 0) -> LayerDecision:
     """The decision to leave to the library what reads `x`."""
     numbers = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     return LayerDecision("library", macs=macs, shape=tuple(x.shape), numbers=numbers)
 
 
-def chosen_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers that `choose` put into a model, or into graphs in it, by their paths there.
-
-    Each has the ``path`` that its decision is known by, and ``kept_weights``: how many are not pruned.
-    """
-    return {path: module for path, module in model.named_modules() if hasattr(module, "kept_weights")}
-
-
-def filters_of(chosen: Any) -> int:
-    """How many filters a chosen layer has."""
-    return len(chosen.weight if isinstance(chosen, LibraryLayer) else chosen.filters)
-
-
-def chosen_macs(chosen: Any, output: Tensor) -> int:
-    """Multiply-adds of a call of a chosen layer that gave `output`: its kept weights at each of the positions."""
-    placed = not isinstance(chosen, LibraryLayer) and output.dim() == 4
-    picture = chosen.form.placement.writes.strip(output) if placed else output
-    return int(chosen.kept_weights) * (picture.numel() // filters_of(chosen))
-
-
-def _choose_pool(
+def choose_pool(
     pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None, stopwatch: Stopwatch
 ) -> tuple[nn.Module, LayerDecision]:
-    work = _work(inputs[0])
+    """The form of a pooling for these inputs, and what was decided: as given, or else by a race."""
+    work = work_of(inputs[0])
     candidates: dict[str, Callable[[], nn.Module]] = {"library": partial(_itself, pool)}
     if inputs[0].dim() == 4:
         candidates["channels_last"] = partial(LastPool, pool)
@@ -122,58 +63,23 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-class Running(Interpreter):
-    """Runs a fused graph, its recipes by the library."""
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module, or what the library makes of a recipe."""
-        module = self.fetch_attr(target)
-        return LibraryLayer(module)(*args) if isinstance(module, Recipe) else module(*args, **kwargs)
-
-
-class _Choosing(Running):
-    """Runs a graph and chooses each layer when its input is there: no more of them is held than running takes."""
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        strategy: str | None,
-        given: Mapping[str, LayerDecision],
-        stopwatch: Stopwatch,
-        step: Callable[[], object],
-    ) -> None:
-        super().__init__(graph)
-        self.decided: dict[str, LayerDecision] = {}
-        self._strategy, self._given, self._stopwatch, self._step = strategy, given, stopwatch, step
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Choose how the module is run if that is to be decided, put that in its place, and call it."""
-        module, inputs = self.fetch_attr(target), tuple(x for x in args if isinstance(x, Tensor))
-        if isinstance(module, Recipe):
-            name = call_name(module.path, self.decided)
-            given = self._given.get(name)
-            chosen, self.decided[name] = _choose_one(module, inputs, self._strategy, given, self._stopwatch)
-            chosen.path, chosen.kept_weights = name, _weights(module)
-            if (plan := plan_of(module.layer)) is not None:
-                attach_plan(chosen, plan)
-            self.module.set_submodule(target, chosen)
-            self._step()
-        elif _is_pool(module) and self._strategy != "library":
-            name = call_name(target, self.decided)
-            chosen, self.decided[name] = _choose_pool(module, inputs, self._given.get(name), self._stopwatch)
-            self.module.set_submodule(target, chosen)
-            self._step()
-        return super().call_module(target, args, kwargs)
-
-
-def _choose_one(
+def choose_layer(
     recipe: Recipe,
     inputs: tuple[Tensor, ...],
     strategy: str | None,
     given: LayerDecision | None,
     stopwatch: Stopwatch,
 ) -> tuple[Any, LayerDecision]:
-    work = _work(inputs[0], _macs(recipe, inputs[0].shape))
+    """The form of a layer for these inputs, and what was decided: as given, or else by a race.
+
+    Args:
+        recipe: the layer and what is fused into it.
+        inputs: what it reads, and what it adds.
+        strategy: see `choose`.
+        given: the decision to take as it is, or None.
+        stopwatch: measures what is not given.
+    """
+    work = work_of(inputs[0], layer_macs(recipe, inputs[0].shape))
     if strategy == "library" and given is None:
         return LibraryLayer(recipe), work
     candidates = _candidates(recipe, inputs)
@@ -197,8 +103,6 @@ def _as_given(
         return candidates["library"](), work
     chosen: Any = candidates[name]()
     if given.tiling:
-        from passes.kernel import Tiling
-
         chosen.form = replace(chosen.form, tiling=Tiling(*given.tiling))
     return chosen, _as_told(given.name, given, work)
 
@@ -226,12 +130,8 @@ def _kernels(
     way: str, recipe: Recipe, layer: nn.Module, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """A layer with what the recipe has fused into it, packed for the kernel, with each tiling that is worth timing."""
-    from passes.freezing.packing import pack_layer
-    from passes.kernel import PackedConv2d, Tiling, tilings
-    from passes.kernel.layout.packing import Tables
-
     scale, shift = (None if x is None else x.float() for x in (recipe.scale, recipe.shift))
-    first = pack_layer(layer, scale=scale, shift=shift, ends=recipe.ends, activation=recipe.activation)
+    first = packing.pack_layer(layer, scale=scale, shift=shift, ends=recipe.ends, activation=recipe.activation)
 
     def packed(tiling: Tiling) -> PackedConv2d:
         return type(first)(Tables(**dict(first.named_buffers())), replace(first.form, tiling=tiling))
@@ -249,9 +149,7 @@ def kernel_obstacle(recipe: Recipe, x: Tensor) -> str | None:
         return "the kernel computes two-dimensional convolutions that pad with zeros, on batches"
     if x.numel() == 0:
         return "the example is empty"
-    from passes.kernel import supported
-
-    return supported()
+    return kernel.supported()
 
 
 def _measured(
@@ -262,10 +160,10 @@ def _measured(
         return stopwatch.race({name: partial(make(), *inputs) for name, make in candidates.items()})
 
 
-def _macs(recipe: Recipe, shape: torch.Size) -> int:
+def layer_macs(recipe: Recipe, shape: torch.Size) -> int:
     """Multiply-adds of a layer for an input of `shape`: its connections times its outputs' positions."""
     layer: Any = recipe.layer
-    weights = _weights(recipe)
+    weights = kept_weights(recipe)
     if is_linear(layer):
         return weights * shape[:-1].numel()
     spatial = spatial_dims(layer)
@@ -273,13 +171,7 @@ def _macs(recipe: Recipe, shape: torch.Size) -> int:
     return weights * examples * math.prod(output_sizes(layer, shape[-spatial:]))
 
 
-def _weights(recipe: Recipe) -> int:
+def kept_weights(recipe: Recipe) -> int:
+    """How many weights of a layer are not pruned."""
     layer: Any = recipe.layer
     return int(layer.weight.numel())
-
-
-def checked_strategy(strategy: object) -> str | None:
-    """Check the strategy that a user forces."""
-    if strategy is not None and strategy not in STRATEGIES:
-        raise InputError(f"strategy must be {' or '.join(map(repr, STRATEGIES))} or None, not {strategy!r}")
-    return None if strategy is None else str(strategy)

@@ -9,14 +9,37 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from passes.freezing.choosing import LAYERS
+from passes.freezing.placing import packed_calls
 from passes.freezing.rewrites.concatenation import append
+from passes.freezing.rewrites.rewrite import SHAPES, graph_of
+from passes.infra.compilation import Compilation, Pass
+from passes.kernel import PackedConv2d
+from passes.kernel.packed_chain import PackedChain
+from passes.kernel.program import Wires
+from passes.tracing.operations import module_of
 
-if TYPE_CHECKING:
-    from passes.kernel.program import Wires
+
+class Chaining(Pass):
+    """Run packed layers that follow each other in one call."""
+
+    name = "chaining"
+    requires = (SHAPES, LAYERS)
+    ends = (SHAPES,)  # of a chain nobody says what it gives
+
+    def run(self, compilation: Compilation) -> None:
+        """Find those that follow each other, and put them together."""
+        chain(graph_of(compilation))
+
+    def check(self, compilation: Compilation) -> str | None:
+        """None are left that follow each other."""
+        packed = packed_calls(graph_of(compilation))
+        left = (node for node in packed if node.next in packed)
+        return next((f"{node.name} is not in one call with what follows it" for node in left), None)
 
 
 def chain(graph: fx.GraphModule) -> None:
@@ -36,8 +59,8 @@ def chain(graph: fx.GraphModule) -> None:
 
 
 def _is_packed(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node calls a packed convolution; by its name, since the kernel is imported only where it is used."""
-    return node.op == "call_module" and type(graph.get_submodule(str(node.target))).__name__ == "PackedConv2d"
+    """Whether a node calls a packed convolution."""
+    return type(module_of(graph, node)) is PackedConv2d
 
 
 def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
@@ -49,8 +72,6 @@ def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
 
 
 def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:
-    from passes.kernel.packed_chain import PackedChain
-
     layers = [node for node in run if node.op == "call_module"]
     steps = [node for node in run if node.op != "call_module"]
     # A step is the tensor that it adds to.
@@ -78,8 +99,6 @@ def _read_by(run: list[fx.Node]) -> list[fx.Node]:
 
 def _wires(layers: list[fx.Node], steps: list[fx.Node], numbers: dict[fx.Node, int]) -> list[Wires]:
     """What each layer reads, adds and writes."""
-    from passes.kernel.program import Wires
-
     into: dict[fx.Node, tuple[int, int]] = {}
     for step in steps:
         parts, first = step.args[1:]

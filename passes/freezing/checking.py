@@ -16,21 +16,46 @@ from torch import Tensor, fx, nn
 
 from passes.calibration.data import shapes_of
 from passes.errors import InputError, let_memory_errors_pass
-from passes.freezing.assemble import filled
+from passes.freezing.asking import ORIGINAL
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
+from passes.freezing.forms import FORM
 from passes.freezing.locating import first_difference
-from passes.infra.compilation import Pass
+from passes.freezing.parts import filled
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.random_state import seed_all
 from passes.models.comparing import distance, kinds, rounding
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import Plain, comparable, tensors_in
 from passes.options.arguments import call
+from passes.options.settings import SETTINGS
 
 Outputs = dict[str, Tensor | Plain]
+DOUBT = Fact[str]("doubt")  # what is worth knowing about the comparison, or ""
 
 
-def check(
+class Comparison(Pass):
+    """Compare the form with the model that it was made from.
+
+    Args:
+        rewrites: what rewrote its graphs, to find out which layer differs.
+    """
+
+    name = "comparison"
+    requires = (SETTINGS, ORIGINAL, FORM)
+    ensures = (DOUBT,)
+
+    def __init__(self, rewrites: Sequence[Pass]) -> None:
+        """Take the list."""
+        self._rewrites = rewrites
+
+    def run(self, compilation: Compilation) -> Facts:
+        """Run both."""
+        form, inputs = compilation[FORM], compilation[SETTINGS].example_inputs or ()
+        return {DOUBT: compared(form.model, compilation[ORIGINAL], form.layers, inputs, self._rewrites)}
+
+
+def compared(
     frozen: nn.Module, model: nn.Module, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
 ) -> str:
     """Compare a frozen form with the model that it was made from, in eval mode.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes import kernel
 from passes.errors import InputError
 from passes.freezing.stopwatch import fastest
 
@@ -176,13 +177,11 @@ def _ms(value: float | None) -> str:
 
 def machine() -> str:
     """What kind of machine this is, and whether it lacks the kernel; what was measured elsewhere does not hold here."""
-    from passes.kernel import supported
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    kernel = "" if supported() is None else ", without the kernel"
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{kernel}"
+    lacking = "" if kernel.supported() is None else ", without the kernel"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{lacking}"
 
 
 def attach_decisions(model: nn.Module, decisions: Decisions | None) -> None:

@@ -9,16 +9,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from passes.freezing.assemble import Part, assembled
-from passes.freezing.decisions import Decisions, LayerDecision
+from passes.freezing.asking import ASKED
+from passes.freezing.assembling import assembled
+from passes.freezing.choosing import Choosing, layer_works
+from passes.freezing.decisions import LayerDecision
+from passes.freezing.parts import PARTS, Part
+from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch, fastest
+from passes.infra.compilation import Compilation, Fact, Facts, Pass
+from passes.options.settings import SETTINGS
 
 Layers = Mapping[str, LayerDecision]
 NOTES = {
@@ -28,7 +33,8 @@ NOTES = {
 }
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """An inference form.
 
     Attributes:
@@ -36,61 +42,88 @@ class Form(NamedTuple):
         layers: how each layer is run.
         milliseconds: what each form of the whole took; empty if these were not measured.
         note: what is worth knowing about the choice, or "".
+        is_lasting: whether it was measured now, and is to be relied on.
     """
 
     model: nn.Module
     layers: Layers
     milliseconds: Mapping[str, float]
     note: str
+    is_lasting: bool
 
 
-def fastest_form(
-    small: nn.Module,
-    parts: Sequence[Part],
-    inputs: tuple[object, ...],
-    stopwatch: Stopwatch,
-    step: Callable[[], object] = lambda: None,
-) -> Form:
-    """Choose how each layer is run, and return the fastest form of the whole.
+FORM = Fact[Form]("form")
+
+
+class Forming(Pass):
+    """Choose how each layer is run, and with it the form of the whole: by measuring, or as it was asked for.
 
     Args:
-        small: the model without filters that nobody reads.
-        parts: its fused parts.
-        inputs: example inputs.
-        stopwatch: measures.
-        step: called after each layer.
+        arranging: the passes that arrange memory and calls around the layers that were chosen.
+        tick: called after each layer.
     """
-    twins = [[part.twin() for part in parts] for _ in range(2)]
-    chosen, layers = assembled(small, parts, None, {}, stopwatch, step)
-    ways: dict[str, Layers] = {
-        "library alone": {path: replace(layer, way="library", tiling=()) for path, layer in layers.items()}
-    }
-    models = {"library alone": assembled(small, twins.pop(), "library", {}, stopwatch)[0]}
-    ungrouped = {path: layer.without_groups() for path, layer in layers.items()}
-    if ungrouped != layers:
-        ways["dense"], models["dense"] = ungrouped, assembled(small, twins.pop(), None, ungrouped, stopwatch)[0]
-    ways["chosen"], models["chosen"] = layers, chosen
-    summed = {name: sum(layer.ms or 0.0 for layer in each.values()) for name, each in ways.items()}
-    calls = {name: partial(model, *inputs) for name, model in models.items()}
+
+    name = "forming"
+    requires = (SETTINGS, ASKED, PARTS)
+    ensures = (FORM,)
+    ends = (PARTS,)
+
+    def __init__(self, arranging: Sequence[Pass], tick: Callable[[], object] = lambda: None) -> None:
+        """Take both."""
+        self._arranging, self._tick = arranging, tick
+
+    def run(self, compilation: Compilation) -> Facts:
+        """Measure, or do as told."""
+        small, parts, asked = compilation.model, compilation[PARTS], compilation[ASKED]
+        given = asked.fitting({path: work for part in parts for path, work in layer_works(part.graph).items()})
+        if given is None and asked.strategy is None:
+            inputs = compilation[SETTINGS].example_inputs or ()
+            return {FORM: self._fastest(small, parts, inputs)}
+        stopwatch = Stopwatch()
+        choosing = Choosing(asked.strategy, given.layers if given is not None else {}, stopwatch, self._tick)
+        model, layers = assembled(small, parts, (choosing, *self._arranging))
+        asked.check_names(layers)
+        if given is not None and layers == given.layers:  # then their times and their note hold too
+            return {FORM: Form(model, layers, given.milliseconds, _joined(given.note, stopwatch.complaint()), False)}
+        return {FORM: Form(model, layers, {}, stopwatch.complaint(), False)}
+
+    def check(self, compilation: Compilation) -> str | None:
+        """No recipe is left in the whole."""
+        modules = compilation[FORM].model.modules()
+        return next((f"layer {each.path!r} can't be run" for each in modules if isinstance(each, Recipe)), None)
+
+    def _fastest(self, small: nn.Module, parts: Sequence[Part], inputs: tuple[object, ...]) -> Form:
+        """The fastest form of the whole, of all that there are."""
+        stopwatch = Stopwatch()
+        twins = [[part.twin() for part in parts] for _ in range(2)]
+        chosen, layers = assembled(small, parts, (Choosing(None, {}, stopwatch, self._tick), *self._arranging))
+        library = {path: replace(layer, way="library", tiling=()) for path, layer in layers.items()}
+        alone, _ = assembled(small, twins.pop(), (Choosing("library", {}, stopwatch), *self._arranging))
+        forms: dict[str, tuple[nn.Module, Layers]] = {"library alone": (alone, library)}
+        ungrouped = {path: layer.without_groups() for path, layer in layers.items()}
+        if ungrouped != layers:
+            dense, _ = assembled(small, twins.pop(), (Choosing(None, ungrouped, stopwatch), *self._arranging))
+            forms["dense"] = (dense, ungrouped)
+        forms["chosen"] = (chosen, layers)
+        best, times = _raced(forms, inputs, stopwatch)
+        model, decided = forms[best]
+        in_order = {name: times[name] for name in reversed(times)}
+        return Form(model, decided, in_order, _joined(NOTES[best], stopwatch.complaint()), not stopwatch.is_noisy)
+
+
+def _raced(
+    forms: Mapping[str, tuple[nn.Module, Layers]], inputs: tuple[object, ...], stopwatch: Stopwatch
+) -> tuple[str, dict[str, float]]:
+    """The fastest of the forms, named in order of simplicity, and the milliseconds of all of them."""
+    summed = {name: sum(layer.ms or 0.0 for layer in layers.values()) for name, (_, layers) in forms.items()}
+    calls = {name: partial(model, *inputs) for name, (model, _) in forms.items()}
     with torch.no_grad():
         times = stopwatch.race(calls)
         if fastest(times) != fastest(summed):
             again = stopwatch.race(calls, patience=4)
             times = {name: min(ms, again[name]) for name, ms in times.items()}
-    best = fastest(summed if stopwatch.is_noisy else times)
-    return Form(models[best], ways[best], {name: times[name] for name in reversed(times)}, NOTES[best])
+    return fastest(summed if stopwatch.is_noisy else times), times
 
 
-def form_as_told(
-    small: nn.Module,
-    parts: Sequence[Part],
-    strategy: str | None,
-    given: Decisions | None,
-    stopwatch: Stopwatch,
-    step: Callable[[], object] = lambda: None,
-) -> Form:
-    """The form of a strategy or of decisions, with the times and the note of these if all of them hold."""
-    model, layers = assembled(small, parts, strategy, given.layers if given is not None else {}, stopwatch, step)
-    if given is not None and layers == given.layers:
-        return Form(model, layers, given.milliseconds, given.note)
-    return Form(model, layers, {}, "")
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))

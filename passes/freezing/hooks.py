@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from passes.calibration.data import shapes_of
 from passes.errors import InputError, let_memory_errors_pass
@@ -59,6 +60,20 @@ def check_hooks(model: nn.Module, inputs: tuple[object, ...]) -> None:
             f"a frozen form has no hooks, and {changing[0]} changes what the model computes: remove it, or write what "
             "it does into the model's forward"
         )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse layers whose weight is computed by a hook: it may be stale now, and a frozen model has no hooks."""
+    for path, module in model.named_modules():
+        parametrized, layer = hasattr(module, "parametrizations"), isinstance(module, _ConvNd | nn.Linear)
+        computing = any(
+            type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+        )
+        if computing or (layer and "weight" not in module._parameters and not parametrized):
+            raise InputError(
+                f"the weight of layer {path!r} is computed by a hook (weight_norm, spectral_norm, prune): make it a "
+                "plain parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"
+            )
 
 
 def _watched(hook: Callable[..., Any], changing: list[str], where: str, module: nn.Module, *seen: Any) -> Any:

@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.freezing.assemble import rewritten, usable, without_unread_filters
-from passes.freezing.candidates import Running, choose
+from passes.freezing.choosing import Choosing, Running
 from passes.freezing.decisions import LayerDecision
 from passes.freezing.doubt import Expected, Inputs, Record
-from passes.freezing.recipe import call_name
+from passes.freezing.parts import RemoveUnread, Traced, quiet_copy, traced_parts
+from passes.freezing.recipe import Recipe, call_name
+from passes.freezing.rewrites.rewrite import SHAPES
 from passes.freezing.stopwatch import Stopwatch
-from passes.infra.compilation import Pass
+from passes.infra.compilation import Compilation, Pass
+from passes.infra.manager import run_passes
 from passes.infra.random_state import seed_all
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import tensors_in
 from passes.options.arguments import call
+from passes.options.settings import SETTINGS, Settings
 from passes.tracing.operations import module_of
 from passes.tracing.regions import find_regions
-from passes.tracing.trace import Region
 from passes.tracing.tracer import join
 
 
@@ -40,41 +42,48 @@ def first_difference(
         inputs: example inputs.
         rewrites: what rewrote its graphs.
     """
-    plain, small = unhooked_copy(model).eval(), without_unread_filters(model, inputs)
+    plain, small = unhooked_copy(model).eval(), quiet_copy(model)
+    settings = Settings(example_inputs=inputs)
+    run_passes([RemoveUnread()], Compilation(small, {SETTINGS: settings}))
     name = Expected(lambda each: _of_modules(plain, each), inputs).differing(_of_modules(small, inputs))
     if name is not None:
         return name
-    for region, _ in usable(find_regions(small, inputs), inputs):
-        given = _arguments(plain, region.path, inputs)
-        if given is not None:
-            name = _in_region(small.get_submodule(region.path), region, layers, given, rewrites)
-            if name is not None:
-                return name
+    for traced in traced_parts(small, find_regions(small, inputs), inputs):
+        given = _arguments(plain, traced.path, inputs)
+        if given is not None and (name := _in_part(small, traced, layers, given, rewrites)) is not None:
+            return name
     return None
 
 
-def _in_region(
-    part: nn.Module, region: Region, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
+def _in_part(
+    small: nn.Module, traced: Traced, layers: Mapping[str, LayerDecision], inputs: Inputs, rewrites: Sequence[Pass]
 ) -> str | None:
-    graph, paths = region.graphs["eval"], {}
+    graph, part = traced.graph, small.get_submodule(traced.path)
     expected = Expected(lambda each: _of_modules(part, each), inputs)
-    traced = _of_nodes(graph, inputs, lambda node: str(node.target) if node.op == "call_module" else "")
-    if (name := expected.differing(traced)) is not None:
-        return join(region.path, name)
+    calls = _of_nodes(graph, inputs, lambda node: str(node.target) if node.op == "call_module" else "")
+    if (name := expected.differing(calls)) is not None:
+        return join(traced.root, name)
     expected = Expected(lambda each: _of_nodes(graph, each, lambda node: node.name), inputs)
     for node in graph.graph.nodes:
-        node.meta["stands_for"] = node.name  # fusing hands it on to what computes the same
-    rewritten(region.path, region.path, graph, inputs, rewrites)
-    for node in graph.graph.nodes:
-        module = module_of(graph, node)
-        paths[node.meta.get("stands_for", "")] = getattr(module, "path", None) or node.name
-    for chosen in (False, True):
-        if chosen:
-            choose(graph, inputs, None, layers, Stopwatch())
-        name = expected.differing(_of_nodes(graph, inputs, lambda node: node.meta.get("stands_for", "")))
-        if name is not None:
-            return str(paths[name])
-    return None
+        node.meta["stands_for"] = node.name  # rewrites hand it on to what computes the same
+    traced.rewritten(rewrites)
+    paths = {_stands_for(node): _path(graph, node) for node in graph.graph.nodes}
+    name = expected.differing(_of_nodes(graph, inputs, _stands_for))
+    if name is None:
+        run_passes([Choosing(None, layers, Stopwatch())], Compilation(graph, {SHAPES: inputs}))
+        name = expected.differing(_of_nodes(graph, inputs, _stands_for))
+    return None if name is None else paths[name]
+
+
+def _stands_for(node: fx.Node) -> str:
+    """The node of the traced graph that gave what this one gives; "" if there was none."""
+    return str(node.meta.get("stands_for", ""))
+
+
+def _path(graph: fx.GraphModule, node: fx.Node) -> str:
+    """The path of the layer that a node calls, or the node's name."""
+    module = module_of(graph, node)
+    return module.path if isinstance(module, Recipe) else node.name
 
 
 def _of_modules(model: nn.Module, inputs: Inputs) -> Record:

@@ -10,34 +10,53 @@ A tensor gets margins where a packed layer makes it and all who read it are pack
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-if TYPE_CHECKING:
-    from passes.kernel import PackedConv2d
-    from passes.kernel.layout.geometry import Geometry, Margins
+from passes.freezing.choosing import LAYERS
+from passes.freezing.rewrites.rewrite import graph_of
+from passes.infra.compilation import Compilation, Pass
+from passes.kernel import Geometry, Margins, PackedConv2d
+from passes.tracing.operations import module_of
+
+
+class Placing(Pass):
+    """Give margins to the tensors between packed layers."""
+
+    name = "placing"
+    requires = (LAYERS,)
+
+    def run(self, compilation: Compilation) -> None:
+        """Go through the graph."""
+        place(graph_of(compilation))
+
+    def check(self, compilation: Compilation) -> str | None:
+        """What a packed layer writes has the margins that those who read it are told."""
+        packed = packed_calls(graph_of(compilation))
+        for node, layer in packed.items():
+            for user in (user for user in node.users if user in packed):
+                placement = packed[user].form.placement
+                told = [placement.reads] * (user.args[0] is node) + [placement.adds] * (node in user.args[1:])
+                if any(margins != layer.form.placement.writes for margins in told):
+                    return f"{user.name} reads {node.name} with other margins than it is written with"
+        return None
+
+
+def packed_calls(graph: fx.GraphModule) -> dict[fx.Node, PackedConv2d]:
+    """The calls of packed convolutions, in the order of the graph; a packed linear layer is none."""
+    modules = {node: module_of(graph, node) for node in graph.graph.nodes}
+    return {node: module for node, module in modules.items() if type(module) is PackedConv2d}
 
 
 def place(graph: fx.GraphModule) -> None:
     """Give margins to the tensors between packed layers of `graph`, in place."""
-    if not any(type(module).__name__ == "PackedConv2d" for module in graph.modules()):
-        return
-    from passes.kernel import PackedConv2d
-
-    packed = {}
-    for node in graph.graph.nodes:
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if type(module) is PackedConv2d:
-            packed[node] = module
+    packed = packed_calls(graph)
     for node, layer in packed.items():  # in the order of the graph: what a layer reads is settled before it
         if node.users and all(user in packed for user in node.users):
             _place_result(node, layer, packed)
 
 
 def _place_result(node: fx.Node, layer: PackedConv2d, packed: dict[fx.Node, PackedConv2d]) -> None:
-    from passes.kernel import Margins
-
     readers = [packed[user].form.geometry for user in node.users if user.args[0] is node]
     adders = [packed[user].form for user in node.users if node in user.args[1:]]
     wanted = [geometry.margins() for geometry in readers if geometry.stride == (1, 1)]

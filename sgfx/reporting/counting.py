@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.freezing.candidates import chosen_layers, chosen_macs
+from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy

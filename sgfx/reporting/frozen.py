@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.freezing.candidates import chosen_layers, filters_of
+from passes.freezing.choosing import chosen_layers, filters_of
 from passes.freezing.decisions import Decisions, LayerDecision
 from passes.layers.plan import LayerPlan, layer_shape, plan_of
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.errors import PassError
-from passes.freezing.candidates import Running
+from passes.freezing.choosing import Running
 from passes.freezing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import PART, SHAPES, UNFUSED, Rewrite, false_shape
 from passes.infra.compilation import Compilation

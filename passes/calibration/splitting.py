@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from passes.errors import InputError
-from passes.layers.custom import CallsWith, GroupedCustom, LayerCall, is_custom, plain_layer
+from passes.layers.custom import GroupedCustom, is_custom, plain_layer
+from passes.layers.layer_call import CallsWith, LayerCall
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.tracing.probing import call_of
 

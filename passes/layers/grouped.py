@@ -15,7 +15,6 @@ deployment. Both give the same numbers; ``form`` is a plain attribute and not pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.errors import InputError
+from passes.layers.blocks import in_blocks
 from passes.layers.encoding import encode
+from passes.layers.former_buffers import BUFFERS, former_structure
 from passes.layers.plan import LayerPlan, LayerShape, plan_of
 from passes.layers.structured import Structured
 from passes.layers.surgery import carry_over
@@ -42,7 +43,7 @@ class Grouped(Structured):
     block_sizes: Tensor
     _rows: Tensor
     _places: Tensor
-    FORMER_BUFFERS = ("filters", "inputs", "block_sizes")
+    FORMER_BUFFERS = BUFFERS
     TABLES = (*FORMER_BUFFERS, "_rows", "_places")
 
     @classmethod
@@ -209,72 +210,6 @@ class Grouped(Structured):
         """What `print` shows of the layer."""
         filters, inputs = self._dense_shape[:2]
         return f"{inputs}, {filters}, groups={self.num_groups}, connections={len(self.weight)}, form={self.form!r}"
-
-
-def former_structure(buffers: dict[str, Tensor], shape: LayerShape, ratio: float | None = None) -> LayerPlan:
-    """The structure that earlier versions kept in the buffers ``filters``, ``inputs`` and ``block_sizes``.
-
-    Args:
-        buffers: these, by name.
-        shape: of the dense layer.
-        ratio: the requested one; None: what is pruned.
-
-    Raises:
-        InputError: they are not the structure of such a layer.
-    """
-    try:
-        filters, inputs, sizes = (buffers[name].cpu() for name in Grouped.FORMER_BUFFERS)
-        if sizes.sum(0).tolist() != [len(filters), len(inputs)] or len(filters) != shape[2]:
-            raise ValueError("the sizes of its blocks are others")
-        groups = torch.arange(len(sizes), device="cpu")
-        labels = torch.full((shape[2],), -1, device="cpu")
-        labels[filters] = torch.repeat_interleave(groups, sizes[:, 0])
-        keep = torch.zeros(len(sizes), shape[1], dtype=torch.bool, device="cpu")
-        keep[torch.repeat_interleave(groups, sizes[:, 1]), inputs] = True
-        pruned = 1 - int((keep.sum(1) * sizes[:, 0]).sum()) / (shape[1] * shape[2])
-        return LayerPlan(*shape, labels, keep, pruned if ratio is None else ratio)
-    except (KeyError, TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"filters, inputs and block_sizes make no structure of it: {error}") from error
-
-
-def in_blocks(
-    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    x: Tensor,
-    parts: Iterable[tuple[int, Tensor, Tensor, Tensor | None]],
-    places: Tensor,
-    spatial_dims: int,
-) -> Tensor:
-    """``P_outᵀ · diag(W_1 … W_G) · P_in · x`` (eq. 17).
-
-    Args:
-        compute: a function of an input, a weight ``[filters, inputs, *kernel]`` and a bias or None.
-        x: padded, ``[…, C_in, *sizes]``.
-        parts: of each group how many filters it has, the channels that it reads, its weight and its bias. A group that
-            reads nothing yields its bias, or 0. One must read something.
-        places: where each filter lies among the results of the groups, int64 ``[C_out]``.
-        spatial_dims: number of dimensions behind the channels.
-
-    Returns:
-        ``[…, C_out, *sizes′]``.
-    """
-    dim = -1 - spatial_dims
-    parts = list(parts)
-    outputs = [
-        compute(x.index_select(dim, read), weight, bias) if len(read) else None for _, read, weight, bias in parts
-    ]
-    some = next(output for output in outputs if output is not None)
-    blocks = [
-        _constant(some, dim, filters, bias) if output is None else output
-        for output, (filters, _, _, bias) in zip(outputs, parts, strict=True)
-    ]
-    return torch.cat(blocks, dim).index_select(dim, places)
-
-
-def _constant(like: Tensor, dim: int, filters: int, bias: Tensor | None) -> Tensor:
-    """What a group without inputs yields at the positions of another group's result `like`."""
-    zero = torch.zeros_like(like.narrow(dim, 0, 1))  # torch.fx can trace it
-    zeros = torch.cat([zero] * filters, dim)
-    return zeros if bias is None else zeros + bias.view(-1, *[1] * (-1 - dim))
 
 
 class _GroupedConv(Grouped):

@@ -22,7 +22,8 @@ from passes.compression.lowering import lower
 from passes.errors import InputError, PassError, let_memory_errors_pass
 from passes.layers.channel_cut import Cut, cuts
 from passes.layers.encoding import as_tensor, decode_whole, encode
-from passes.layers.grouped import Grouped, former_structure
+from passes.layers.former_buffers import former_structure
+from passes.layers.grouped import Grouped
 from passes.layers.masked import Masked
 from passes.layers.plan import LayerPlan, layer_shape
 from passes.models.copying import copy_model

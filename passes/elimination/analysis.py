@@ -21,7 +21,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from passes.elimination.label_walk import walk
+from passes.elimination.labelling import label_values
 from passes.elimination.labels import compact
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.as_torch_made_it import change_of
@@ -109,7 +109,7 @@ class Channels:
         self._held.append((slots[slots > 0], reason))
 
     def solve(self) -> None:
-        """Find out what is read and what is held, by whom and why, once all graphs have been walked."""
+        """Find out what is read and what is held, by whom and why, once all graphs are labelled."""
         for site in self.sites.values():
             for read in site.reads[1:]:
                 self.tie(site.reads[0], read)
@@ -197,7 +197,7 @@ def analyse(model: nn.Module, regions: Regions, example_inputs: tuple[object, ..
             fixed.update({path: obstacle for _, path, _ in calls([region])})
     for region in regions.parts:
         for graph in region.graphs.values() if obstacles[region.path] is None else ():
-            walk(channels, region, graph, fixed)
+            label_values(channels, region, graph, fixed)
     channels.solve()
     for path, reason in fixed.items():
         channels.reasons.setdefault(path, reason)

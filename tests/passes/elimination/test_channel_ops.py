@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sgfx
 from passes.elimination import operations as channel_ops
 from passes.elimination.analysis import Channels
-from passes.elimination.label_walk import _Walk
+from passes.elimination.labelling import _Labelling
 from passes.elimination.labels import along
 from passes.tracing.trace import Region
 from tests.passes.elimination.test_elimination import IMAGES, Chain, check_equal, compiled
@@ -29,8 +29,8 @@ class Values(fx.Interpreter):
         return n.meta["val"]
 
 
-class Walk(_Walk):
-    """The walk, with channels along `dim` of the input, and nobody behind the output."""
+class Labelled(_Labelling):
+    """A graph with labels, with channels along `dim` of the input, and nobody behind the output."""
 
     def __init__(self, graph, dim):
         self.dim = dim
@@ -53,13 +53,13 @@ def check(operation, x, dim):
     expected = Values(graph).run(x)
     if not isinstance(expected, Tensor):
         return 0
-    walk = Walk(graph, dim)
-    walk.run()
+    labelled = Labelled(graph, dim)
+    labelled.run()
     output = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-    labels = walk.labels[output]
+    labels = labelled.labels[output]
     assert labels.shape == expected.shape
-    free = set(range(1, x.shape[dim] + 1)) - walk.held()
-    assert not free & {slot for tie in walk.channels._ties.edges for slot in tie}
+    free = set(range(1, x.shape[dim] + 1)) - labelled.held()
+    assert not free & {slot for tie in labelled.channels._ties.edges for slot in tie}
     for slot in {*sorted(free)[:1], *sorted(free)[-1:]}:
         other = x.clone()
         other.select(dim, slot - 1).mul_(-3).add_(0.3)

@@ -1,4 +1,4 @@
-"""The walk of the channel analysis through one graph: labels for every value, by the rules for each operation."""
+"""Labelling: one graph, node by node, with labels for every value by the rules for each operation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Sizes:
         self.labels = labels
 
 
-def walk(channels: Channels, region: Region, graph: fx.GraphModule, uncuttable: Mapping[str, str]) -> None:
+def label_values(channels: Channels, region: Region, graph: fx.GraphModule, uncuttable: Mapping[str, str]) -> None:
     """Take labels through `graph`, and note in `channels` what is tied, held and read.
 
     Args:
@@ -51,10 +51,10 @@ def walk(channels: Channels, region: Region, graph: fx.GraphModule, uncuttable: 
         graph: one of its graphs, with shapes under ``meta["val"]``.
         uncuttable: the modules that can't be cut, with the reason.
     """
-    _Walk(channels, region, graph, uncuttable).run()
+    _Labelling(channels, region, graph, uncuttable).run()
 
 
-class _Walk:
+class _Labelling:
     def __init__(
         self, channels: Channels, region: Region, graph: fx.GraphModule, uncuttable: Mapping[str, str]
     ) -> None:

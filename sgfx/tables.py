@@ -22,6 +22,7 @@ from passes.compression.pruning import PLANS
 from passes.compression.selection import REASONS, TARGETS
 from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
+from passes.layers.geometry import is_linear
 from passes.layers.plan import LayerPlan, plans
 from passes.models.copying import copy_model
 from passes.options.checks import checked_settings
@@ -184,7 +185,7 @@ def paper_params(model: nn.Module) -> int:
         if path in found or isinstance(layer, _ConvNd | nn.Linear):
             plan = found.get(path) or LayerPlan.of(layer, reason="dense")
             live = sum(filters for filters, inputs in plan.block_sizes if inputs) if plan.grouped else plan.out_channels
-            per_filter = 1 if plan.kind == "Linear" else 2
+            per_filter = 1 if is_linear(layer) else 2
             count += sum(p.numel() for name, p in layer.named_parameters() if name == "weight") + per_filter * live
     return count
 

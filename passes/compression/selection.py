@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from passes.errors import InputError
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
@@ -68,7 +69,7 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
 def _obstacle_of_type(path: str, layer: nn.Module, usage: Usage) -> str | None:
     if isinstance(layer, Masked):
         return "already masked by a Pruner: call its lower() instead"
-    if hasattr(layer, "parametrizations"):
+    if is_parametrized(layer):
         return change_of(layer)
     if isinstance(layer, _ConvTransposeNd):
         return "transposed convolution"

@@ -146,12 +146,14 @@ class Channels:
                 self._settle(classes, read, layers)
 
     def _settle(self, classes: Tensor, read: Tensor, layers: list[tuple[Tensor, Site, ReadingRule]]) -> None:
-        count = -1
-        while count != (count := int(read.sum())):
+        """Spread what is read until a round over all layers finds nothing new."""
+        before, now = -1, int(read.sum())
+        while now != before:
             for slots, site, rule in layers:
                 inputs = rule(read[classes[slots]])
                 for reads in site.reads:
                     read[classes[reads[inputs]]] = True
+            before, now = now, int(read.sum())
 
 
 CHANNELS = Fact[Channels]("channels")

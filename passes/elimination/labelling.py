@@ -113,7 +113,7 @@ class _Labelling:
         if works_in_place(self.graph, node):
             return self._give_up(node)  # what it changes may be read under another name
         if name in LOCAL:
-            return rules.local(first, node.meta["val"], dims_along(name, first.dim()))
+            return rules.local(first, node.meta["val"], dims_along(LOCAL[name], first.dim()))
         if name in REDUCTIONS:
             keepdim = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
             return rules.reduction(first, rest[0] if rest else kwargs.get("dim"), keepdim)
@@ -145,7 +145,7 @@ class _Labelling:
         if type(module) in ELEMENTWISE_MODULES:
             return rules.elementwise(self.channels, operands, value.shape)
         if type(module) in LOCAL_MODULES:
-            return rules.local(operands[0], value, dims_along(type(module).__name__, operands[0].dim()))
+            return rules.local(operands[0], value, dims_along(LOCAL_MODULES[type(module)], operands[0].dim()))
         if type(module) is nn.Flatten:
             return operands[0].flatten(module.start_dim, module.end_dim)
         if path in self.uncuttable or not is_cuttable(module):

@@ -23,11 +23,13 @@ ELEMENTWISE = _names(
     threshold dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
     stochastic_depth float half double bfloat16 to type type_as clone detach contiguous"""
 )
-LOCAL = _names(
-    """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate
-    upsample"""
-)
+_BEHIND_CHANNELS = 0  # stands for all dimensions behind the channels, however many
+LOCAL = {  # along how many of the last dimensions they work, with a batch or without
+    **dict.fromkeys(_names("max_pool1d avg_pool1d lp_pool1d adaptive_avg_pool1d adaptive_max_pool1d"), 1),
+    **dict.fromkeys(_names("max_pool2d avg_pool2d lp_pool2d adaptive_avg_pool2d adaptive_max_pool2d"), 2),
+    **dict.fromkeys(_names("max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d"), 3),
+    **dict.fromkeys(_names("interpolate upsample"), _BEHIND_CHANNELS),
+}
 REDUCTIONS = _names("mean sum amax amin")
 ALONG_ONE_DIM = _names("softmax log_softmax softmin cumsum")
 JOINING = _names("cat concat concatenate stack")
@@ -48,25 +50,26 @@ ELEMENTWISE_MODULES = (
     nn.Softshrink, nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, nn.Identity,
 )  # fmt: skip
-LOCAL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.ZeroPad1d,
-    nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.CircularPad1d,
-    nn.CircularPad2d, nn.CircularPad3d,
-)  # fmt: skip
+LOCAL_MODULES: dict[type[nn.Module], int] = {  # as of `LOCAL`
+    **dict.fromkeys((
+        nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.ReflectionPad1d,
+        nn.ReplicationPad1d, nn.ZeroPad1d, nn.ConstantPad1d, nn.CircularPad1d,
+    ), 1),
+    **dict.fromkeys((
+        nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ReflectionPad2d,
+        nn.ReplicationPad2d, nn.ZeroPad2d, nn.ConstantPad2d, nn.CircularPad2d,
+    ), 2),
+    **dict.fromkeys((
+        nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.ReflectionPad3d,
+        nn.ReplicationPad3d, nn.ZeroPad3d, nn.ConstantPad3d, nn.CircularPad3d,
+    ), 3),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _BEHIND_CHANNELS),
+}  # fmt: skip
 
 
-def dims_along(name: str, rank: int) -> range:
-    """The dimensions that a local operation or module of this name works along, in a tensor of `rank` dimensions.
-
-    Those with a number in their name work along as many of the last ones, with a batch or without; resizing works along
-    all behind the channels.
-    """
-    if name.lower().startswith(("interpolate", "upsampl")):
-        return range(2, rank)
-    return range(rank - int(name[-2]), rank)
+def dims_along(last: int, rank: int) -> range:
+    """The dimensions that a local operation works along, in a tensor of `rank` dimensions; `last` as the tables say."""
+    return range(2, rank) if last == _BEHIND_CHANNELS else range(rank - last, rank)
 
 
 _HOMES = (torch, F, operator, builtins)

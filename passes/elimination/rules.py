@@ -7,7 +7,7 @@ A rule gets the labels of what an operation reads and returns the labels of what
 - moving (reshape, permute, slice, cat, pad, …): done on the labels themselves. Where the arguments count channels (an
   index, a size, a number of them), none can be taken out (`hold`), though it is still known who reads which.
 
-Whatever has no rule reads all that it gets, in places that are not known (`expose`).
+Whatever has no rule reads all that it gets, in places that are not known: all of it is held (`labelling`).
 """
 
 from __future__ import annotations

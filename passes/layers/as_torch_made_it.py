@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FunctionType
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _MAKERS = ("torch", "torchvision", "passes")
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward")
@@ -29,7 +30,7 @@ def change_of(module: nn.Module) -> str | None:
     for name in module.__dict__:
         if name in _CALLING or (_is_method(type(module), name) and not hasattr(nn.Module, name)):
             return f"its {name} was replaced on the instance"
-    if hasattr(module, "parametrizations"):
+    if is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     for kind in type(module).__mro__:
         own, package = vars(kind), _maker(kind)

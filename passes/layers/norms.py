@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.optional_classes import class_of
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is torchvision's FrozenBatchNorm2d (recognised by name: torchvision need not be imported)."""
-    kind = type(module)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.ops.")
+    """Whether a module is torchvision's FrozenBatchNorm2d."""
+    return type(module) is class_of("torchvision.ops.misc", "FrozenBatchNorm2d")
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -13,12 +13,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from passes.errors import InputError
+from passes.layers.optional_classes import class_of
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.names import covers, is_pattern, matches
 from passes.options.settings import NORMS, Criterion, Settings
 
-# Of torch, Lightning's Fabric and DeepSpeed, which are not imported here.
-WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "_FabricModule", "DeepSpeedEngine"}
+WRAPPERS = (
+    ("torch.nn.parallel", "DataParallel"),
+    ("torch.nn.parallel", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ("lightning.fabric.wrappers", "_FabricModule"),
+    ("lightning_fabric.wrappers", "_FabricModule"),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"),
+)
 
 LeafModules: TypeAlias = str | nn.Module | type[nn.Module] | Iterable[str | nn.Module | type[nn.Module]]
 
@@ -81,14 +88,16 @@ def check_model(model: nn.Module) -> None:
             "the model's forward was wrapped by accelerate; compile accelerator.unwrap_model(model, "
             "keep_fp32_wrapper=False), and prepare the result"
         )
+    wrappers = [found for home, name in WRAPPERS if (found := class_of(home, name)) is not None]
+    compiled = class_of("torch._dynamo.eval_frame", "OptimizedModule")
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             continue  # left alone, as a whole
-        if kind.__name__ in WRAPPERS:
+        if any(isinstance(module, each) for each in wrappers):
             raise InputError(f"{where} is wrapped in {kind.__name__}; compile its .module and wrap the result")
-        if kind.__module__.startswith("torch._dynamo"):
+        if compiled is not None and isinstance(module, compiled):
             raise InputError(
                 f"{where} is a torch.compile wrapper; compile its ._orig_mod, then torch.compile the result"
             )

@@ -25,7 +25,7 @@ from passes.infra.compilation import Compilation
 from passes.infra.random_state import own_random_state
 from passes.layers.plan import LayerPlan
 from passes.models.copying import unhooked_copy
-from passes.options.checks import meant_as_share
+from passes.options.ranges import meant_as_share
 from passes.options.settings import SETTINGS, Settings
 from sgfx.progress import progress_bar
 from sgfx.reporting.counting import count_macs

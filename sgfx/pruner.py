@@ -19,7 +19,8 @@ from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan, network_ratios
 from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs
-from passes.options.checks import LeafModules, checked_settings, step_ratio
+from passes.options.checks import LeafModules, checked_settings
+from passes.options.ranges import checked_step
 from passes.options.settings import SETTINGS, Criterion
 from passes.pipeline import ANALYSIS, LOWERING, pruning_step
 from passes.tracing.regions import REGIONS
@@ -99,7 +100,7 @@ class Pruner(Generic[M]):
             seed=seed,
             leaf_modules=leaf_modules,
         )
-        self._step = step_ratio(step)
+        self._step = checked_step(step)
         self.model: M = self._taken(model)
         analysed = run_passes(ANALYSIS, Compilation(self.model, {SETTINGS: settings}))
         analysed.take(REGIONS).empty()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from passes.compression.importance import IMPORTANCE
 from passes.compression.selection import TARGETS
-from passes.errors import InputError
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
+from passes.options.ranges import checked_integer
 from passes.options.settings import SETTINGS
 
 MAX_RESTARTS = 10
@@ -53,10 +53,8 @@ def group_filters(importance: Tensor, groups: int, seed: int = 0) -> Groups:
     >>> group_filters(torch.tensor([[9.0, 0.0], [0.0, 9.0], [8.0, 0.0]]), groups=2).labels
     tensor([0, 1, 0])
     """
-    if groups < 1:
-        raise InputError(f"groups must be at least 1, not {groups}")
     filters, inputs = importance.shape
-    groups = min(groups, filters)
+    groups = min(checked_integer(groups, "groups", least=1), filters)
     means = KMeans(groups, n_init=restarts(filters, inputs, groups), random_state=seed)
     # One thread: sums then have one order on every machine, and layers are too small for more to pay.
     with warnings.catch_warnings(), _threadpools().limit(limits=1):

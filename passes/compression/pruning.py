@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from passes.compression.grouping import GROUPS, Groups
 from passes.compression.selection import REASONS, TARGETS
-from passes.errors import InputError
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.plan import LayerPlan
+from passes.options.ranges import checked_ratio
 
 PLANS = Fact[dict[str, LayerPlan]]("plans")  # of every layer, by module path
 
@@ -34,8 +34,7 @@ def truncate(centroids: Tensor, sizes: Tensor, ratio: float) -> Tensor:
     tensor([[False,  True],
             [ True, False]])
     """
-    if not 0 <= ratio < 1:
-        raise InputError(f"ratio must lie in [0, 1), not {ratio}")
+    ratio = checked_ratio(ratio, "ratio")
     groups, inputs = centroids.shape
     order = torch.argsort(centroids.flatten(), stable=True)  # row-major: ties stay in the order (group, channel)
     pruned = torch.cumsum(sizes.repeat_interleave(inputs)[order], 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from passes.errors import InputError
 from passes.layers.optional_classes import class_of
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.names import covers, is_pattern, matches
+from passes.options.ranges import checked_integer, checked_ratio
 from passes.options.settings import NORMS, Criterion, Settings
 
 WRAPPERS = (
@@ -60,13 +60,13 @@ def checked_settings(
     if not callable(criterion) and criterion not in NORMS:
         raise InputError(f"criterion must be 'l1', 'l2' or a callable from weight to importance, not {criterion!r}")
     return Settings(
-        groups=_integer(groups, "groups", 1),
-        ratio=_ratio(ratio, "ratio"),
-        linear_ratio=None if linear_ratio is None else _ratio(linear_ratio, "linear_ratio"),
+        groups=checked_integer(groups, "groups", least=1, below=2**32),
+        ratio=checked_ratio(ratio, "ratio"),
+        linear_ratio=None if linear_ratio is None else checked_ratio(linear_ratio, "linear_ratio"),
         ignore=names,
         overrides=resolved,
         criterion=criterion,
-        seed=_integer(seed, "seed", 0),
+        seed=checked_integer(seed, "seed", least=0, below=2**32),
         example_inputs=as_inputs(example_inputs, model),
         leaf_modules=resolved_leaves(model, leaf_modules),
     )
@@ -139,41 +139,6 @@ def _check_parameter(where: str, name: str, tensor: Tensor) -> None:
         raise InputError(f"{where} has a quantized {name}; compile the floating-point model, then quantize it")
 
 
-def _ratio(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in [0, 1), not {value!r}")
-    if not 0 <= float(value) < 1:  # false for NaN too
-        raise InputError(
-            f"{name} is the share of connections pruned and must lie in [0, 1), not {value}{meant_as_share(value)}"
-        )
-    return float(value)
-
-
-def meant_as_share(value: Any) -> str:
-    """What to ask behind a message that a number is no share: whether it was meant as percent.
-
-    >>> meant_as_share(80), meant_as_share(1), meant_as_share(float("nan"))
-    ('; did you mean 0.8?', '', '')
-    """
-    return f"; did you mean {float(value) / 100:g}?" if 2 <= float(value) < 100 else ""
-
-
-def _integer(value: object, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not least <= int(value) < 2**32:
-        raise InputError(f"{name} must be at least {least} and below 2³², not {value}")
-    return int(value)
-
-
-def step_ratio(value: object) -> float:
-    """Check the share that a pruning step adds, in (0, 1)."""
-    share = _ratio(value, "step")
-    if share == 0:
-        raise InputError("step must be greater than 0: it is the share of connections that each pruning step adds")
-    return share
-
-
 def listed(entries: Any, option: str) -> list[Any]:
     """The entries of an option that names modules: one by itself, or an iterable of them, which may be used up."""
     if isinstance(entries, str | nn.Module | type):
@@ -240,9 +205,9 @@ def _override(entry: str, values: object, layers: list[str]) -> dict[str, float]
         raise InputError(f"override {kind} {entry!r} matches no convolution or linear layer{hint}")
     checked: dict[str, float] = {}
     if "groups" in values:
-        checked["groups"] = _integer(values["groups"], f"groups of override {entry!r}", 1)
+        checked["groups"] = checked_integer(values["groups"], f"groups of override {entry!r}", least=1, below=2**32)
     if "ratio" in values:
-        checked["ratio"] = _ratio(values["ratio"], f"ratio of override {entry!r}")
+        checked["ratio"] = checked_ratio(values["ratio"], f"ratio of override {entry!r}")
     return checked
 
 

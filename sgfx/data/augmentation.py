@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from passes.errors import InputError
+from passes.options.ranges import checked_number
 from sgfx.data.normalization import Normalization
 
 PADDING = 4
@@ -68,9 +68,8 @@ class Augmentation:
         classes: int = 0,
     ) -> None:
         """Make the transforms; see the class."""
-        if min(mixup, cutmix) < 0:
-            raise InputError(f"mixup and cutmix must be at least 0, not {mixup} and {cutmix}")
-        kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+        given = {"mixup": (v2.MixUp, mixup), "cutmix": (v2.CutMix, cutmix)}
+        kinds = [(kind, checked_number(alpha, name, least=0)) for name, (kind, alpha) in given.items()]
         mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
         self._mix = v2.RandomChoice(mixes) if mixes else None
         self._normalization, self._crop, self._flip = normalization, crop, flip

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from passes.errors import InputError, let_memory_errors_pass
 from passes.models.values import tensors_in
+from passes.options.ranges import checked_integer
 
 Run: TypeAlias = Callable[[tuple[Any, ...]], list[Tensor]]
 
@@ -39,8 +40,8 @@ class OnnxOptions:
         given = [name for name, value in options.items() if value is not None]
         if given and suffix != ".onnx":
             raise InputError(f"{' and '.join(given)} are for .onnx files: a {suffix} file has none. Leave them out")
-        if self.opset is not None and (isinstance(self.opset, bool) or not isinstance(self.opset, int)):
-            raise TypeError(f"opset must be an integer, such as 20, not {self.opset!r}")
+        if self.opset is not None:
+            checked_integer(self.opset, "opset", least=1)
         for option in ("input_names", "output_names"):
             names = options[option]
             strings = isinstance(names, Sequence) and all(isinstance(name, str) and name for name in names)

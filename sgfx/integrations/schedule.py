@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 from passes.errors import InputError
+from passes.options.ranges import checked_integer
 
 Unit = Literal["epochs", "steps"]
 
@@ -51,14 +52,15 @@ class When:
         """
         if (every_epochs is None) == (every_steps is None):
             raise InputError("give exactly one of every_epochs and every_steps: when the pruning steps are to happen")
+        lower_at = None if lower_at is None else checked_integer(lower_at, "lower_at", least=0)
         unit: Unit = "steps" if every_epochs is None else "epochs"
         name, given = f"every_{unit}", every_steps if every_epochs is None else every_epochs
         if isinstance(given, Sequence) and not isinstance(given, str):
-            moments = tuple(_integer(moment, name, 0) for moment in given)
+            moments = tuple(checked_integer(moment, f"every entry of {name}", least=0) for moment in given)
             if not moments or any(one >= other for one, other in pairwise(moments)):
                 raise InputError(f"{name} must be a number or an ascending list of {unit}, not {given!r}")
-            return cls(unit, moments, _lower_at(lower_at))
-        return cls(unit, _integer(given, name, 1), _lower_at(lower_at))
+            return cls(unit, moments, lower_at)
+        return cls(unit, checked_integer(given, name, least=1), lower_at)
 
     def moments(self, count: int) -> Moments:
         """The moments of a pruner with `count` steps.
@@ -77,15 +79,3 @@ class When:
         if lower < steps[-1]:
             raise InputError(f"lower_at={lower} comes before the last pruning step, at {steps[-1]} {self.unit}")
         return Moments(self.unit, steps, lower)
-
-
-def _lower_at(value: int | None) -> int | None:
-    return None if value is None else _integer(value, "lower_at", 0)
-
-
-def _integer(value: object, name: str, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be made of integers, not {value!r}")
-    if value < least:
-        raise InputError(f"{name} must be at least {least}, not {value}")
-    return value

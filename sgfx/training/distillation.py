@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +12,7 @@ from passes.calibration.data import read_examples
 from passes.errors import InputError
 from passes.infra.random_state import preserved_random_state
 from passes.models.copying import unhooked_copy
+from passes.options.ranges import checked_integer, checked_number
 from sgfx.calibrating import check_compiled
 from sgfx.progress import progress_bar
 from sgfx.training.descent import Descent
@@ -53,12 +52,9 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
             these.
         KeyboardInterrupt: of Ctrl-C, with a note that says how far it had come: `small` holds what was nearest.
     """
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise InputError(f"steps must be a whole number of at least 1, not {steps!r}")
-    if isinstance(lr, bool) or not isinstance(lr, Real) or not 0 < lr < math.inf:
-        raise InputError(f"lr must be a number above 0, not {lr!r}")
+    steps, lr = checked_integer(steps, "steps", least=1), checked_number(lr, "lr", above=0)
     check_compiled(dense, small)
-    return descend(dense, small, data, steps=int(steps), lr=float(lr), progress=progress)
+    return descend(dense, small, data, steps=steps, lr=lr, progress=progress)
 
 
 def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float, progress: bool = True) -> M:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import Literal, TypeAlias, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from passes.errors import InputError
+from passes.options.ranges import is_integer
 
 Shape: TypeAlias = Literal["constant", "cosine"]
 Schedule: TypeAlias = Shape | Sequence[int]
@@ -44,8 +44,7 @@ def checked_schedule(schedule: Schedule, epochs: int, warmup: int = 0) -> Shape 
         return schedule
     if not isinstance(schedule, Sequence):
         raise TypeError(f"schedule must be {choices}, not {schedule!r}")
-    integers = all(isinstance(epoch, Integral) and not isinstance(epoch, bool) for epoch in schedule)
-    if not integers or any(later <= earlier for earlier, later in pairwise((0, *schedule))):
+    if not all(map(is_integer, schedule)) or any(later <= earlier for earlier, later in pairwise((0, *schedule))):
         raise InputError(f"the epochs of a schedule must be integers from 1, each after the last, not {schedule!r}")
     milestones = tuple(int(epoch) for epoch in schedule)
     if milestones and milestones[0] <= warmup:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from functools import partial
 from typing import Any, get_args
 
 from passes.errors import InputError
+from passes.options.ranges import checked_integer, checked_number
 from sgfx.training.accelerator import Precision
 from sgfx.training.optimizing import MakeOptimizer
 from sgfx.training.schedules import Schedule, checked_schedule
@@ -51,16 +50,10 @@ class Settings:
             InputError: (a ValueError) a value is out of range; says which are allowed.
             TypeError: a value is of the wrong type.
         """
-        for name, kind, least, below in _NUMBERS:
+        for name, checked in _NUMBERS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                checked = number(value, name, kind, least, below)
-                object.__setattr__(self, name, int(checked) if kind is Integral else float(checked))
-        if self.lr == 0:
-            raise InputError("lr must be above 0: nothing is learnt at 0")
-        for name in ("clip_norm", "ema"):
-            if getattr(self, name) == 0:
-                raise InputError(f"{name} must be above 0; None is without")
+                object.__setattr__(self, name, checked(value, name))
         for name in ("optimizer", "loss", "transform"):
             if not (getattr(self, name) is None or callable(getattr(self, name))):
                 raise TypeError(f"{name} must be callable, not {getattr(self, name)!r}")
@@ -79,37 +72,24 @@ class Settings:
         }
 
 
-_NUMBERS: list[tuple[str, type[Integral | Real], float, float]] = [
-    ("epochs", Integral, 1, math.inf),
-    ("lr", Real, 0, math.inf),
-    ("ema", Real, 0, 1),
-    ("momentum", Real, 0, 1),
-    ("weight_decay", Real, 0, math.inf),
-    ("label_smoothing", Real, 0, 1),
-    ("warmup", Integral, 0, math.inf),
-    ("accumulate", Integral, 1, math.inf),
-    ("clip_norm", Real, 0, math.inf),
-    ("iterations", Integral, 1, math.inf),
-    ("patience", Integral, 1, math.inf),
-    ("checkpoint_steps", Integral, 1, math.inf),
-    ("seed", Integral, 0, 2**32),
-]
+_WITHOUT = "; None is without"
+_NUMBERS: dict[str, Callable[[object, str], float]] = {
+    "epochs": partial(checked_integer, least=1),
+    "lr": partial(checked_number, above=0),
+    "ema": partial(checked_number, above=0, below=1, hint=_WITHOUT),
+    "momentum": partial(checked_number, least=0, below=1),
+    "weight_decay": partial(checked_number, least=0),
+    "label_smoothing": partial(checked_number, least=0, below=1),
+    "warmup": partial(checked_integer, least=0),
+    "accumulate": partial(checked_integer, least=1),
+    "clip_norm": partial(checked_number, above=0, hint=_WITHOUT),
+    "iterations": partial(checked_integer, least=1, hint=_WITHOUT),
+    "patience": partial(checked_integer, least=1, hint=_WITHOUT),
+    "checkpoint_steps": partial(checked_integer, least=1, hint=_WITHOUT),
+    "seed": partial(checked_integer, least=0, below=2**32),
+}
 _OPTIONAL = {"ema", "clip_norm", "iterations", "patience", "checkpoint_steps"}
 _WITHOUT_INFLUENCE = {"tracker", "checkpoint_steps"}
-
-
-def number(value: Any, name: str, kind: type[Integral | Real], least: float, below: float) -> Any:
-    """Return a number that is at least `least` and below `below`.
-
-    Raises:
-        InputError: it is not.
-        TypeError: it is no number of that kind.
-    """
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {'an integer' if kind is Integral else 'a number'}, not {value!r}")
-    if not least <= value < below:  # type: ignore[operator]  # false for NaN too
-        raise InputError(f"{name} must be at least {least} and below {below}, not {value}")
-    return value
 
 
 def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
@@ -118,7 +98,7 @@ def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, functools.partial):
+    if isinstance(value, partial):
         return f"{_plain(value.func)} with {[*value.args, *value.keywords.items()]}"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)

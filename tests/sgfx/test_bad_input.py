@@ -45,7 +45,9 @@ def test_ratios_outside_zero_to_one(ratio):
     model = ready()
     for option in ("ratio", "linear_ratio"):
         options = {"ratio": 0.5} | {option: ratio}
-        with pytest.raises(sgfx.InputError, match=rf"^{option} is the share of connections pruned and must lie in"):
+        with pytest.raises(
+            sgfx.InputError, match=rf"^{option} must be at least 0 and below 1, not {ratio}: it is the share of"
+        ):
             sgfx.compile(model, **options)
 
 
@@ -149,15 +151,18 @@ def test_nothing_is_changed_by_an_error(inplace):
 @pytest.mark.parametrize(
     ("options", "meant"),
     [
-        ({"ratio": 80}, "ratio is the share .* not 80; did you mean 0.8"),
-        ({"ratio": 0.8, "linear_ratio": 60.0}, "linear_ratio is .* not 60.0; did you mean 0.6"),
-        ({"ratio": 0.8, "step": 5}, "step is .* not 5; did you mean 0.05"),
-        ({"ratio": 0.8, "overrides": {"2": {"ratio": 50}}}, "ratio of override '2' is .* not 50; did you mean 0.5"),
+        ({"ratio": 80}, "ratio must be .* not 80: it is the share .*; did you mean 0.8"),
+        ({"ratio": 0.8, "linear_ratio": 60.0}, "linear_ratio must be .* not 60.0: .*; did you mean 0.6"),
+        ({"ratio": 0.8, "step": 5}, "step must be above 0 and below 1, not 5: .*; did you mean 0.05"),
+        (
+            {"ratio": 0.8, "overrides": {"2": {"ratio": 50}}},
+            "ratio of override '2' must be .* not 50: .*; did you mean 0.5",
+        ),
         ({"budget": {"macs": 30}}, r"budget\['macs'\] is the share that remains .* not 30; did you mean 0.3"),
         ({"budget": {"params": 12.5}}, r"budget\['params'\] .* not 12.5; did you mean 0.125"),
-        ({"ratio": 1.0}, r"not 1.0$"),
-        ({"ratio": 100}, r"not 100$"),
-        ({"ratio": float("inf")}, r"not inf$"),
+        ({"ratio": 1.0}, r"not 1.0: it is the share of connections that is pruned$"),
+        ({"ratio": 100}, r"not 100: it is the share of connections that is pruned$"),
+        ({"ratio": float("inf")}, r"not inf: it is the share of connections that is pruned$"),
     ],
 )
 def test_percent_where_a_share_is_meant(options, meant):

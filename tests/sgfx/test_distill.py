@@ -196,10 +196,10 @@ def test_a_teacher_that_does_not_fit_moves_nothing():
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be a whole number"),
-        ({"steps": 1.5}, ValueError, "steps must be a whole number"),
-        ({"lr": 0}, ValueError, "lr must be a number above 0"),
-        ({"lr": float("nan")}, ValueError, "lr must be a number above 0"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, not 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer, not 1.5"),
+        ({"lr": 0}, ValueError, "lr must be above 0 and finite"),
+        ({"lr": float("nan")}, ValueError, "lr must be above 0 and finite"),
         ({"data": torch.zeros(0, 3, 6, 6)}, ValueError, "no examples"),
         ({"data": torch.full((2, 3, 6, 6), float("nan"))}, ValueError, "holds NaN"),
         ({"data": torch.zeros(2, 5, 6, 6)}, ValueError, r"data of shape \[2, 5, 6, 6\] do not fit"),

@@ -84,7 +84,7 @@ def test_mixing_gives_probabilities(options):
 
 
 def test_parameters_below_zero_are_refused():
-    with pytest.raises(InputError, match="at least 0, not -1 and 0"):
+    with pytest.raises(InputError, match="mixup must be at least 0 and finite, not -1"):
         Augmentation(NORMALIZATIONS["half"], crop=False, flip=False, mixup=-1, cutmix=0)
 
 

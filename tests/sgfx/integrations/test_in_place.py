@@ -155,12 +155,12 @@ def test_moments():
         ((None, None, None), InputError, "exactly one of every_epochs and every_steps"),
         ((1, 1, None), InputError, "exactly one of every_epochs and every_steps"),
         ((0, None, None), InputError, "every_epochs must be at least 1, not 0"),
-        ((None, "12", None), TypeError, "every_steps must be made of integers"),
-        ((True, None, None), TypeError, "every_epochs must be made of integers"),
+        ((None, "12", None), TypeError, "every_steps must be an integer, not '12'"),
+        ((True, None, None), TypeError, "every_epochs must be an integer, not True"),
         ((None, [], None), InputError, "ascending list of steps"),
         (([3, 3], None, None), InputError, "ascending list of epochs"),
-        (([-1, 3], None, None), InputError, "at least 0"),
-        ((1, None, 1.5), TypeError, "lower_at must be made of integers"),
+        (([-1, 3], None, None), InputError, "every entry of every_epochs must be at least 0, not -1"),
+        ((1, None, 1.5), TypeError, "lower_at must be an integer, not 1.5"),
     ],
 )
 def test_moments_that_are_none(given, error, message):

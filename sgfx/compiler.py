@@ -12,6 +12,7 @@ from passes.calibration.data import Arguments, read_examples
 from passes.compression.grouping import GROUPS
 from passes.compression.pruning import PLANS
 from passes.compression.selection import REASONS, TARGETS, Target
+from passes.elimination.elimination import remove_unread_filters
 from passes.errors import InputError
 from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
@@ -21,7 +22,7 @@ from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
 from passes.options.settings import SETTINGS, Criterion, Settings
-from passes.pipeline import ANALYSIS, ELIMINATION, GROUPING, LOWERING, PRUNING
+from passes.pipeline import ANALYSIS, GROUPING, LOWERING, PRUNING
 from passes.tracing.regions import REGIONS
 from sgfx.budgets import Budget, checked_budget, spend
 from sgfx.calibrating import calibrate_on, held_out_error
@@ -117,18 +118,11 @@ def compile(
         if batches is not None:
             calibrate_on(model, small, batches, leaves)
         if eliminate:
-            eliminated(small, as_inputs(example_inputs, model), leaves)
+            remove_unread_filters(small, as_inputs(example_inputs, model), leaves)
     if not inplace:
         return small
     adopt(model, small)
     return model
-
-
-def eliminated(small: nn.Module, inputs: tuple[object, ...] | None, leaves: tuple[str, ...] = ()) -> nn.Module:
-    """Remove, in place, what nobody reads in a lowered model, and return it; `leaves` are paths of leaf modules."""
-    settings = Settings(example_inputs=inputs, leaf_modules=leaves)
-    run_passes(ELIMINATION, Compilation(small, {SETTINGS: settings}))
-    return small
 
 
 def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> CheckedBudget:
@@ -167,7 +161,7 @@ def _compile_at_once(
 
         def made(targets: dict[str, Target]) -> nn.Module:
             small = _lowered(model, settings, pruned(targets))
-            return eliminated(small, settings.example_inputs, settings.leaf_modules)
+            return remove_unread_filters(small, settings.example_inputs, settings.leaf_modules)
 
         def judge(targets: dict[str, Target]) -> float:
             small = _lowered(model, settings, pruned(targets))

@@ -9,22 +9,44 @@ nothing is cut. What it gives must have the shapes it had.
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from passes.elimination.analysis import CHANNELS, Channels
+from passes.elimination.analysis import CHANNELS, ChannelAnalysis, Channels
 from passes.errors import PassError
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
+from passes.infra.manager import run_passes
 from passes.layers.channel_cut import Cut, apply_cuts
 from passes.layers.surgery import replace_module
 from passes.models.values import Plain, leaves, mapped
-from passes.options.settings import SETTINGS
+from passes.options.settings import SETTINGS, Settings
 from passes.tracing.regions import REGIONS, Regions, find_regions
 from passes.tracing.shapes import propagate_shapes, without_storage
 
+M = TypeVar("M", bound=nn.Module)
+
 CUTS = Fact[dict[str, Cut]]("cuts")  # what was taken out of each module, by path
 UNCUT = Fact[dict[str, str]]("uncut")  # why modules that nobody reads whole were left as they are, by path
+
+
+def remove_unread_filters(
+    model: M, example_inputs: tuple[object, ...] | None = None, leaf_modules: tuple[str, ...] = ()
+) -> M:
+    """Run both passes of elimination on a lowered model, in place, and return it.
+
+    Args:
+        model: has grouped layers; filters of dense ones alone are all read.
+        example_inputs: the arguments of its forward, where shapes can't be guessed.
+        leaf_modules: paths of modules that are not to be traced into.
+
+    Raises:
+        InputError: the example inputs do not fit.
+    """
+    settings = Settings(example_inputs=example_inputs, leaf_modules=leaf_modules)
+    run_passes((ChannelAnalysis(), Elimination()), Compilation(model, {SETTINGS: settings}))
+    return model
 
 
 def cuts_of(channels: Channels) -> dict[str, Cut]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from passes.elimination.elimination import remove_unread_filters
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Form
@@ -29,7 +30,6 @@ from passes.models.values import give_plain_outputs, mapped, tensors_in
 from passes.options.arguments import ExampleInputs, as_inputs, split
 from passes.options.checks import check_model
 from passes.tracing.python_names import rename_in_program
-from sgfx.compiler import eliminated
 from sgfx.exporting.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
 from sgfx.exporting.varying import Inputs, other_inputs, widened, without_names
 from sgfx.files.writing import replacing
@@ -134,7 +134,7 @@ def export(
         options.check_counts(tensors_in(inputs), _outputs(model, inputs))
         twin = unhooked_copy(model)
         if plans(twin):  # what nobody reads is not worth a place in a file
-            eliminated(twin, inputs)
+            remove_unread_filters(twin, inputs)
         make_exportable(twin, form or DEFAULT_FORM)
         if dynamic_shapes is not None:
             inputs = _widened(model, inputs, dynamic_shapes)

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from models_zoo.checkpoint import read_state_dict, renamed
 from passes.compression.lowering import lower
+from passes.elimination.elimination import remove_unread_filters
 from passes.errors import InputError, PassError, let_memory_errors_pass
 from passes.layers.channel_cut import Cut, cuts
 from passes.layers.encoding import as_tensor, decode_whole, encode
@@ -28,7 +29,6 @@ from passes.layers.masked import Masked
 from passes.layers.plan import LayerPlan, layer_shape
 from passes.models.copying import copy_model
 from passes.models.record import check_regroupable, cut_from_record, ties
-from sgfx.compiler import eliminated
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,7 +128,7 @@ def _structure(path: str, model: nn.Module, state: Mapping[str, Tensor]) -> tupl
 def _eliminate(small: nn.Module, expected: Mapping[str, Cut]) -> None:
     """Eliminate anew, in place, and hold the result to what is known of regrouped layers."""
     try:
-        eliminated(small, None)
+        remove_unread_filters(small)
     except (InputError, PassError) as error:
         raise InputError(f"channels were eliminated, which can't be done anew: {error}. {_SAVE}") from error
     found = {path: cut for path, cut in cuts(small).items() if isinstance(small.get_submodule(path), Grouped)}

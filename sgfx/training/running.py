@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from passes.elimination.elimination import remove_unread_filters
 from passes.errors import InputError
 from passes.layers.plan import plans
 from passes.models.copying import copy_model
@@ -17,7 +18,6 @@ from passes.options.arguments import as_inputs
 from passes.options.checks import listed, resolved_leaves
 from sgfx.calibrating import calibrate
 from sgfx.compiler import compile as compiled
-from sgfx.compiler import eliminated
 from sgfx.files.files import load, save
 from sgfx.files.writing import replacing
 from sgfx.pruner import Pruner, Step
@@ -159,7 +159,7 @@ class Run(Generic[M]):
             calibrate(model, small, options["calibration"], progress=bool(self._training["progress"]))
         if options.get("eliminate"):
             leaves = resolved_leaves(model, listed(options.get("leaf_modules", ()), "leaf_modules"))
-            eliminated(small, as_inputs(options.get("example_inputs"), model), leaves)
+            remove_unread_filters(small, as_inputs(options.get("example_inputs"), model), leaves)
         return small
 
     def _spent(self) -> dict[str, dict[str, float]]:

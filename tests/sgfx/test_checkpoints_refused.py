@@ -63,10 +63,10 @@ def test_where_other_channels_were_eliminated_than_would_be_now_a_file_of_sgfx_i
 
 
 def test_what_cant_be_eliminated_anew_is_refused(tmp_path, monkeypatch):
-    def fail(small, example_inputs):
+    def fail(small):
         raise sgfx.InputError("the model is not what it was")
 
-    monkeypatch.setattr("sgfx.files.checkpoints.eliminated", fail)
+    monkeypatch.setattr("sgfx.files.checkpoints.remove_unread_filters", fail)
     message = (
         "channels were eliminated, which can't be done anew: the model is not what it was. A plain checkpoint does"
     )

@@ -14,8 +14,8 @@ from torch import nn
 from passes import kernel
 from passes.errors import InputError
 from passes.freezing.stopwatch import fastest
+from passes.layers.attached import Attached
 
-_KEY = "_sgfx_decisions"
 VERSION = 1
 _SHOWN, _MOST_LINES = 3, 8  # places of each reason, and reasons, that a summary names
 WAYS = ("library", "channels_last", "kernel", "dense")
@@ -184,15 +184,17 @@ def machine() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{lacking}"
 
 
+_DECISIONS = Attached("decisions", Decisions)
+
+
 def attach_decisions(model: nn.Module, decisions: Decisions | None) -> None:
     """Keep decisions with the model that they were made for, instead of any before; `sgfx.save` writes them."""
     if decisions is None:
-        model.__dict__.pop(_KEY, None)
+        _DECISIONS.take_off(model)
     else:
-        model.__dict__[_KEY] = decisions
+        _DECISIONS.put(model, decisions)
 
 
 def decisions_of(model: nn.Module) -> Decisions | None:
     """Return the decisions that were made for a model, or None."""
-    found = model.__dict__.get(_KEY)
-    return found if isinstance(found, Decisions) else None
+    return _DECISIONS.of(model)

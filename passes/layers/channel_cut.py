@@ -1,4 +1,4 @@
-"""Cuts: which channels of a module remain after elimination, kept on the module under one key, and the smaller modules.
+"""Cuts: which channels of a module remain after elimination, riding on the module, and the smaller modules.
 
 A layer plan speaks of the dense layer; a cut says which of its filters and inputs are still there, in its numbering.
 Norms have cuts too: their channels are the `outputs`.
@@ -17,14 +17,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
 from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.attached import Attached
 from passes.layers.custom import GroupedCustom, is_custom
 from passes.layers.geometry import conv_groups, is_linear, spatial_dims
 from passes.layers.grouped import GROUPED, Grouped
 from passes.layers.norms import is_frozen_norm, is_norm
 from passes.layers.plan import LayerPlan, plan_of
 from passes.layers.surgery import replace_module, shallow_copy
-
-_KEY = "_sgfx_cut"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +39,22 @@ class Cut:
     inputs: Tensor | None = None
 
 
+_CUT = Attached("cut", Cut)
+
+
 def cut_of(module: nn.Module) -> Cut:
     """Return the cut of a module; nothing is cut where there is none."""
-    cut = module.__dict__.get(_KEY)
-    return cut if isinstance(cut, Cut) else Cut()
+    return _CUT.of(module) or Cut()
 
 
 def has_cut(module: nn.Module) -> bool:
     """Whether channels of a module were cut."""
-    return _KEY in module.__dict__
+    return _CUT.of(module) is not None
 
 
 def cuts(model: nn.Module) -> dict[str, Cut]:
     """Return the cuts of all modules that have one, keyed by module path."""
-    return {path: cut_of(module) for path, module in model.named_modules() if has_cut(module)}
+    return _CUT.all_in(model)
 
 
 def apply_cuts(model: nn.Module, cuts: Mapping[str, Cut]) -> None:
@@ -147,7 +148,7 @@ def smaller(module: nn.Module, cut: Cut) -> nn.Module:
                 setattr(new, name, len(index))
     before = cut_of(module)
     remains = Cut(_composed(before.outputs, cut.outputs), _composed(before.inputs, cut.inputs))
-    new.__dict__[_KEY] = remains
+    _CUT.put(new, remains)
     if isinstance(new, Grouped) and (plan := plan_of(new)) is not None:
         new.note_cut(plan, remains.outputs, remains.inputs)
     return new  # type: ignore[no-any-return]

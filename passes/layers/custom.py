@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from passes.layers.attached import all_attached
 from passes.layers.grouped import GROUPED, Grouped, GroupedConv1d, GroupedConv2d, GroupedConv3d, GroupedLinear
 from passes.layers.layer_call import CallsWith, LayerCall
 from passes.layers.masked import MASKED, Masked, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
@@ -74,7 +75,7 @@ def plain_layer(layer: nn.Module, call: LayerCall) -> nn.Module:
     new: nn.Module = kind(*shape, bias=call.bias is not None, device="meta", **call.geometry, **groups)
     new._parameters = layer._parameters | {"bias": call.bias}
     new._buffers, new._modules = layer._buffers.copy(), layer._modules.copy()
-    new.__dict__.update({key: value for key, value in layer.__dict__.items() if key.startswith("_sgfx")})
+    new.__dict__.update(all_attached(layer))
     new.training = layer.training
     return new
 

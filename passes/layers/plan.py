@@ -1,7 +1,6 @@
-"""What is known of one layer: a frozen, self-checking layer plan, kept on the layer's module under one key.
+"""What is known of one layer: a frozen, self-checking layer plan, which rides on the layer's module (`attached.py`).
 
-A plan rides on the module it describes, so it survives `deepcopy`, pickling and surgery around it: a compiled backbone
-keeps its plans inside a detector, and `plans(detector)` finds them under the detector's paths.
+So a compiled backbone keeps its plans inside a detector, and `plans(detector)` finds them under the detector's paths.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
+from passes.layers.attached import Attached
 
-_KEY = "_sgfx_plan"
 LayerShape: TypeAlias = tuple[str, int, int, tuple[int, ...]]
 
 
@@ -142,20 +141,22 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
 
 
+_PLAN = Attached("plan", LayerPlan)
+
+
 def attach_plan(module: nn.Module, plan: LayerPlan) -> None:
     """Make `plan` the plan of `module`, in place of an earlier one."""
-    module.__dict__[_KEY] = plan
+    _PLAN.put(module, plan)
 
 
 def detach_plan(module: nn.Module) -> None:
     """Take the plan of `module` away, if it has one."""
-    module.__dict__.pop(_KEY, None)
+    _PLAN.take_off(module)
 
 
 def plan_of(module: nn.Module) -> LayerPlan | None:
     """Return the plan of `module`, or None if it has none."""
-    plan = module.__dict__.get(_KEY)
-    return plan if isinstance(plan, LayerPlan) else None
+    return _PLAN.of(module)
 
 
 def plans(model: nn.Module) -> dict[str, LayerPlan]:
@@ -164,8 +165,7 @@ def plans(model: nn.Module) -> dict[str, LayerPlan]:
     Plans are gathered from the submodules, so the plans of a compiled backbone are found in any model that holds it.
     A model that was never compiled has none.
     """
-    found = ((path, plan_of(module)) for path, module in model.named_modules())
-    return {path: plan for path, plan in found if plan is not None}
+    return _PLAN.all_in(model)
 
 
 def network_ratios(plans: Mapping[str, LayerPlan]) -> tuple[float, float]:

@@ -70,7 +70,12 @@ def _split(count: int, *, apart: bool) -> tuple[Tensor, Tensor]:
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images ``[N, C, H, W]`` flipped and shifted at random, with 0 coming in; others as they are."""
+    """Images ``[N, C, H, W]`` flipped and shifted at random, with 0 coming in; others as they are.
+
+    `sgfx.data.augmentation` does so too, by as many pixels whatever the size, and draws from the global generator of
+    the images' device, which the trainer seeds. Here all draws come from one generator on the CPU, in this order, so
+    that distilling sees the same images on every device and leaves global states alone: other numbers for one seed.
+    """
     if images.dim() != 4:
         return images
     count, _, height, width = images.shape

@@ -1,9 +1,9 @@
 """Counting multiply-adds: those of convolutions and matrix products; one multiply-add is one.
 
 fvcore counts a model with its grouped layers in the "blocks" form, so what is counted is what is computed. A model that
-fvcore can't trace is counted by torch's flop counter, halved. Both count by the same formulas (`operation_macs.py`),
-so that a network has one number however it is written. The layers of a frozen model are counted from their plans: what
-they keep, at every position of what they give, however they are run.
+fvcore can't trace is counted by torch's flop counter, halved, and a report says so. Both count by the same formulas
+(`operation_macs.py`), so that a network has one number however it is written. The layers of a frozen model are counted
+from their plans: what they keep, at every position of what they give, however they are run.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ from passes.models.copying import copy_inputs, unhooked_copy
 from passes.options.arguments import call
 from sgfx.reporting.operation_macs import fvcore_handles, torch_formulas
 
+LONGEST = 120  # characters of an error that is told of
+
 
 def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
     """Multiply-adds of convolutions and matrix products by module path, each with what is below it; "" is the total.
 
     Neither the model nor the inputs are worked on: a copy without hooks is run, in eval mode, on copies of them.
     """
+    return count_and_tell(model, inputs)[0]
+
+
+def count_and_tell(model: nn.Module, inputs: tuple[object, ...]) -> tuple[Counter[str], str]:
+    """The same, and why fvcore could not count them, in one line; "" if it did, or was not asked."""
     twin, inputs = unhooked_copy(model).eval(), copy_inputs(inputs)
     for module in twin.modules():
         if isinstance(module, Grouped):
@@ -40,12 +47,17 @@ def count_macs(model: nn.Module, inputs: tuple[object, ...]) -> Counter[str]:
         warnings.filterwarnings("ignore", r".*torch\.jit\..* is deprecated")  # fvcore is built on it
         warnings.filterwarnings("ignore", "To copy construct from a tensor")  # sizes are tensors while it traces
         if layers := chosen_layers(twin):
-            return _counted_from_plans(twin, layers, inputs)
+            return _counted_from_plans(twin, layers, inputs), ""
         try:
-            return _counted_by_fvcore(twin, inputs)
-        except Exception as error:
+            return _counted_by_fvcore(twin, inputs), ""
+        except Exception as error:  # torch.jit.trace runs code of others
             let_memory_errors_pass(error)
-            return _counted_by_torch(twin, inputs)
+            return _counted_by_torch(twin, inputs), _in_one_line(error)
+
+
+def _in_one_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 @contextmanager

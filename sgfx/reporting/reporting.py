@@ -18,7 +18,7 @@ from passes.layers.channel_cut import cuts
 from passes.layers.plan import LayerPlan, layer_shape, plans
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import check_model
-from sgfx.reporting.counting import count_macs
+from sgfx.reporting.counting import count_and_tell
 from sgfx.reporting.frozen import FrozenLayer, decisions_in, frozen_layers, frozen_params
 from sgfx.reporting.tables import LayerReport, Report, Share
 
@@ -76,7 +76,7 @@ def _assemble(
     inputs: tuple[object, ...],
 ) -> Report:
     """The report without what elimination saved; `params` are those of `small` by path, "" for all."""
-    before, after = count_macs(dense, inputs), count_macs(small, inputs)
+    (before, dense_note), (after, small_note) = count_and_tell(dense, inputs), count_and_tell(small, inputs)
     layers = tuple(
         LayerReport(
             path=path,
@@ -114,7 +114,16 @@ def _assemble(
         filters_eliminated=0,
         params_eliminated=0,
         macs_eliminated=0,
+        counting=_counting(dense_note, small_note),
     )
+
+
+def _counting(dense: str, small: str) -> str:
+    """What is worth knowing about how MACs were counted; why fvcore could not count those of either model, or ""."""
+    names = " and ".join(name for name, why in (("dense", dense), ("small", small)) if why)
+    if not names:
+        return ""
+    return f"MACs of {names} are torch's flop counter's, since fvcore can't trace the model: {dense or small}"
 
 
 def _timed(plain: Report, frozen: Mapping[str, FrozenLayer], decisions: Decisions) -> Report:

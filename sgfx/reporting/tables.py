@@ -65,6 +65,7 @@ class Report:
         params_removed, macs_removed: shares of the totals above.
         filters_eliminated, params_eliminated, macs_eliminated: what elimination saved beyond the ratios.
         decisions: of a frozen model, how it is run and on what machine that was measured; else None.
+        counting: which MACs were not counted by fvcore, as others of the field are, and why; "" if all were.
     """
 
     layers: tuple[LayerReport, ...]
@@ -79,6 +80,7 @@ class Report:
     params_eliminated: int
     macs_eliminated: int
     decisions: Decisions | None = None
+    counting: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, numbers and strings, fit for JSON."""
@@ -117,6 +119,8 @@ class Report:
                 f"eliminated beyond the ratios: {self.filters_eliminated} filters that nobody reads, "
                 f"{short(self.params_eliminated)} parameters, {short(self.macs_eliminated)} MACs"
             )
+        if self.counting:
+            lines.append(self.counting)
         if self.decisions is not None:
             lines.append(self.decisions.summary())
         return "\n\n".join(lines)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import sgfx
+from passes.layers.grouped import Grouped
+from sgfx.reporting import counting
 from sgfx.reporting.counting import count_macs
 
 IMAGE = torch.zeros(2, 3, 10, 10)
@@ -130,6 +132,39 @@ def test_a_model_that_fvcore_can_not_trace_is_counted_all_the_same():
     assert {path: counted[path] for path in ("", "first", "second", "last")} == {
         path: expected[path] for path in ("", "first", "second", "last")
     }
+
+
+def test_a_report_says_where_fvcore_did_not_count(models):
+    plain = sgfx.report(*models, IMAGE)
+    assert plain.counting == ""
+    assert "fvcore" not in str(plain)
+    dense = Untraceable()
+    small = sgfx.compile(dense, groups=2, ratio=0.5, example_inputs=IMAGE)
+    report = sgfx.report(dense, small, IMAGE)
+    said = "MACs of dense and small are torch's flop counter's, since fvcore can't trace the model: "
+    assert report.counting.startswith(said)
+    assert len(report.counting) > len(said)
+    assert report.counting in str(report).splitlines()
+    assert report.to_dict()["counting"] == report.counting
+    assert report.macs < report.macs_dense == plain.macs_dense
+
+
+def test_a_report_says_it_of_the_one_model_that_it_is_true_of(models, monkeypatch):
+    dense, small = models
+    counted = counting._counted_by_fvcore
+
+    def only_dense(model, inputs):
+        if any(isinstance(module, Grouped) for module in model.modules()):
+            raise RuntimeError("x" * 500 + "\nmore")
+        return counted(model, inputs)
+
+    expected = sgfx.report(dense, small, IMAGE)
+    monkeypatch.setattr(counting, "_counted_by_fvcore", only_dense)
+    report = sgfx.report(dense, small, IMAGE)
+    assert report.counting == (
+        f"MACs of small are torch's flop counter's, since fvcore can't trace the model: {'x' * counting.LONGEST}…"
+    )
+    assert (report.macs_dense, report.macs) == (expected.macs_dense, expected.macs)
 
 
 def test_what_can_not_be_compared_is_refused(models):

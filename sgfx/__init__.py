@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sgfx.training.distillation import distill
     from sgfx.training.recipes import recipe
     from sgfx.training.trainer import Trainer
-    from sgfx.verification import Verification, verify
+    from sgfx.verifying.results import Verification
+    from sgfx.verifying.verification import verify
 
 _HOMES = {
     "Decisions": "passes.freezing.decisions",
@@ -37,7 +38,7 @@ _HOMES = {
     "Share": "sgfx.reporting.tables",
     "Step": "sgfx.pruner",
     "Trainer": "sgfx.training.trainer",
-    "Verification": "sgfx.verification",
+    "Verification": "sgfx.verifying.results",
     "calibrate": "sgfx.calibrating",
     "compile": "sgfx.compiler",
     "distill": "sgfx.training.distillation",
@@ -48,7 +49,7 @@ _HOMES = {
     "recipe": "sgfx.training.recipes",
     "report": "sgfx.reporting.reporting",
     "save": "sgfx.files.files",
-    "verify": "sgfx.verification",
+    "verify": "sgfx.verifying.verification",
 }
 
 __version__ = version("sgfx")

@@ -1,0 +1,1 @@
+"""How far a regrouped model is from the masked one it stands for."""

@@ -10,8 +10,6 @@ from passes.compression.lowering import Lowering
 from passes.compression.masking import Masking
 from passes.compression.pruning import Pruning
 from passes.compression.selection import Selection
-from passes.elimination.analysis import ChannelAnalysis
-from passes.elimination.elimination import Elimination
 from passes.freezing.chaining import Chaining
 from passes.freezing.checking import Comparison
 from passes.freezing.forms import Forming
@@ -35,7 +33,6 @@ ANALYSIS: tuple[Pass, ...] = (Trace(), Selection())
 GROUPING: tuple[Pass, ...] = (Importance(), Grouping())
 PRUNING: tuple[Pass, ...] = (Pruning(),)
 LOWERING: tuple[Pass, ...] = (Lowering(),)
-ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())
 
 
 def pruning_step(limit: float) -> tuple[Pass, ...]:

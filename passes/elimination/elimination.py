@@ -31,24 +31,6 @@ CUTS = Fact[dict[str, Cut]]("cuts")  # what was taken out of each module, by pat
 UNCUT = Fact[dict[str, str]]("uncut")  # why modules that nobody reads whole were left as they are, by path
 
 
-def remove_unread_filters(
-    model: M, example_inputs: tuple[object, ...] | None = None, leaf_modules: tuple[str, ...] = ()
-) -> M:
-    """Run both passes of elimination on a lowered model, in place, and return it.
-
-    Args:
-        model: has grouped layers; filters of dense ones alone are all read.
-        example_inputs: the arguments of its forward, where shapes can't be guessed.
-        leaf_modules: paths of modules that are not to be traced into.
-
-    Raises:
-        InputError: the example inputs do not fit.
-    """
-    settings = Settings(example_inputs=example_inputs, leaf_modules=leaf_modules)
-    run_passes((ChannelAnalysis(), Elimination()), Compilation(model, {SETTINGS: settings}))
-    return model
-
-
 def cuts_of(channels: Channels) -> dict[str, Cut]:
     """What can be cut of each module, by path, from the analysis."""
     found = {}
@@ -128,3 +110,24 @@ def _kind(leaf: object) -> object:
     if isinstance(leaf, Tensor):
         return leaf.shape
     return leaf if isinstance(leaf, Plain | float) else type(leaf)
+
+
+ELIMINATION: tuple[Pass, ...] = (ChannelAnalysis(), Elimination())
+
+
+def remove_unread_filters(
+    model: M, example_inputs: tuple[object, ...] | None = None, leaf_modules: tuple[str, ...] = ()
+) -> M:
+    """Run both passes of elimination on a lowered model, in place, and return it.
+
+    Args:
+        model: has grouped layers; filters of dense ones alone are all read.
+        example_inputs: the arguments of its forward, where shapes can't be guessed.
+        leaf_modules: paths of modules that are not to be traced into.
+
+    Raises:
+        InputError: the example inputs do not fit.
+    """
+    settings = Settings(example_inputs=example_inputs, leaf_modules=leaf_modules)
+    run_passes(ELIMINATION, Compilation(model, {SETTINGS: settings}))
+    return model

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from passes.elimination.analysis import ChannelAnalysis
-from passes.elimination.elimination import Elimination
+from passes.elimination.elimination import ELIMINATION
 from passes.errors import InputError
 from passes.freezing.rewrites.rewrite import PART, SHAPES, UNFUSED
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
@@ -85,7 +84,7 @@ class RemoveUnread(Pass):
     def run(self, compilation: Compilation) -> None:
         """Eliminate, where there are regrouped layers."""
         if any(isinstance(module, Grouped) for module in compilation.model.modules()):
-            run_passes((ChannelAnalysis(), Elimination()), compilation.only(SETTINGS))
+            run_passes(ELIMINATION, compilation.only(SETTINGS))
 
 
 class Rewriting(Pass):

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.elimination.analysis import analyse
-from passes.elimination.elimination import CUTS, UNCUT
+from passes.elimination.elimination import CUTS, ELIMINATION, UNCUT
 from passes.elimination.labels import along
 from passes.elimination.rules import moving
 from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
 from passes.layers.channel_cut import cuts
 from passes.options.settings import SETTINGS, Settings
-from passes.pipeline import ELIMINATION
 from passes.tracing.regions import find_regions
 
 IMAGES = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -5,26 +5,19 @@ The scale of a norm behind a layer goes into the layer's filters, and its shift 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passes.layers.activations import activate
 from passes.layers.channel_cut import Cut, smaller
 from passes.layers.geometry import conv_groups, padding_list
 from passes.layers.grouped import Grouped
 from passes.layers.norms import scale_and_shift
 from passes.layers.surgery import shallow_copy
-
-# What the kernel and the library can both do in place on a fresh result.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
-    "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "silu": lambda y: F.silu(y, inplace=True),
-}
 
 
 class Recipe(nn.Module):
@@ -132,7 +125,7 @@ class LibraryLayer(nn.Module):
         y = self._layer(x if self.ends is None else keep_between(x, self.ends))
         if residual is not None:
             y = y.add_(residual)
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return activate(self.activation, y)
 
     def _layer(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 2:
@@ -178,7 +171,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the norm and what was fused into it; the result is a new tensor."""
         y = F.batch_norm(x, self.mean, self.var, self.scale, self.shift, eps=0.0)
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return activate(self.activation, y)
 
 
 class LastPool(nn.Module):

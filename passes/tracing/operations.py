@@ -6,19 +6,14 @@ import operator
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from passes.layers.activations import BY_CALL, BY_MODULE
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 _NOTHING = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
-_ACTIVATION_CALLS = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
-}  # fmt: skip
 
 
 def module_of(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -40,8 +35,8 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def activation_of(graph: fx.GraphModule, node: fx.Node) -> str | None:
-    """The name of the activation that a node is, or None: relu, relu6, hardswish or silu."""
+    """The name of the activation that a node is (`passes.layers.activations`), or None."""
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
-        return _ACTIVATION_MODULES.get(type(module)) if is_as_torch_made_it(module) else None
-    return _ACTIVATION_CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+        return BY_MODULE.get(type(module)) if is_as_torch_made_it(module) else None
+    return BY_CALL.get(node.target) if node.op in ("call_function", "call_method") else None

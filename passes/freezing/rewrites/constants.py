@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.recipe import ACTIVATIONS, Recipe
+from passes.freezing.recipe import Recipe
 from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, SHAPES, Rewrite, graph_of, recipe_of
 from passes.infra.compilation import Compilation
+from passes.layers.activations import activate
 from passes.layers.channel_cut import Cut, smaller
 from passes.layers.geometry import conv_groups, is_linear, padding_list, spatial_dims
 from passes.layers.grouped import Grouped
@@ -83,7 +84,7 @@ def constant_values(recipe: Recipe, channels: Tensor) -> Tensor:
         values += layer.bias.detach()[channels]
     if recipe.scale is not None and recipe.shift is not None:
         values = values * recipe.scale[channels] + recipe.shift[channels]
-    return values if recipe.activation is None else ACTIVATIONS[recipe.activation](values)
+    return activate(recipe.activation, values)
 
 
 def absorbed(weight: Tensor, channels: Tensor, values: Tensor) -> Tensor:

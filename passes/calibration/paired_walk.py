@@ -22,6 +22,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs
 from passes.models.values import tensors_in
+from passes.tracing.interpreter import Interpreter
 from passes.tracing.mutation import works_in_place
 from passes.tracing.operations import module_of
 from passes.tracing.shapes import find_shapes
@@ -61,7 +62,7 @@ class Walk:
             raise InputError("small is no compressed form of dense: torch.fx finds other operations in it")
         self.graphs = (dense, small)
         self.twins = dict(zip(self.nodes, twins, strict=True))
-        self.replays = (fx.Interpreter(dense), fx.Interpreter(small))
+        self.replays = (Interpreter(dense), Interpreter(small))
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.last = {node: max((self.position[user] for user in node.users), default=-1) for node in self.nodes}
         self.batches = batches

@@ -16,8 +16,8 @@ from passes.freezing.stopwatch import Stopwatch
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.kernel import PackedConv2d
 from passes.layers.plan import attach_plan, plan_of
+from passes.tracing.interpreter import Interpreter
 from passes.tracing.operations import module_of
-from passes.tracing.shapes import Interpreter
 
 LAYERS = Fact[Mapping[str, LayerDecision]]("layers")  # how each layer is run, by its path
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.immutable_collections import immutable_list
 
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
@@ -26,6 +25,7 @@ from passes.layers.geometry import is_layer, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.norms import is_norm
 from passes.models.values import leaves, mapped
+from passes.tracing.interpreter import Interpreter
 from passes.tracing.mutation import WriteWatch, forget_written, note_written, storages
 
 # Sizes of ImageNet, CIFAR, Inception and Kinetics; whoever has other data has example inputs too.
@@ -137,15 +137,6 @@ def _fake_tensors(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
             part.__dict__.update(attributes)
 
 
-class Interpreter(fx.Interpreter):
-    """Runs a graph node by node, as its code would run."""
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A node's arguments, lists as plain ones: functions may write to them (Swin3d's window sizes)."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tuple(map(_plain, args)), {key: _plain(value) for key, value in kwargs.items()}
-
-
 class _ShapePropagation(Interpreter):
     """Runs a graph on fake tensors and notes each node's value."""
 
@@ -205,7 +196,3 @@ def _recurrent(module: nn.RNNBase, x: Tensor) -> Any:
     if module.mode == "LSTM":
         state = hidden, x.new_empty(module.num_layers * sides, *batch, module.hidden_size)
     return x.new_empty(*x.shape[:-1], sides * features), state
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, immutable_list) else value

@@ -24,7 +24,7 @@ from passes.freezing.locating import first_difference
 from passes.freezing.parts import filled
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.random_state import seed_all
-from passes.models.comparing import distance, kinds, rounding
+from passes.models.comparing import difference, kinds
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import Plain, comparable, tensors_in
 from passes.options.arguments import call
@@ -139,9 +139,9 @@ def _apart(found: Outputs | str, expected: Outputs) -> str:
         if _kind(given) != _kind(wanted):
             return f"{place} is {_kind(given)}, and not {_kind(wanted)}"
         if isinstance(given, Tensor) and isinstance(wanted, Tensor):
-            worst, most = distance(given, wanted)
-            if worst > rounding(wanted.dtype) * most:
-                return f"{place} differs by {worst:.1e}, where the largest value is {most:.1e}"
+            off = difference(given, wanted)
+            if not off.is_rounding:
+                return f"{place} differs by {off.worst:.1e}, where the largest value is {off.largest:.1e}"
     return ""
 
 

@@ -1,6 +1,6 @@
 """Doubt: whether what a form of a model gives is off by more than rounding can explain.
 
-What is off by more than `models.comparing.rounding` may still turn on rounding: a top-k, an argmax, layers that blow
+What is off by more than rounding (`models.comparing`) may still turn on rounding: a top-k, an argmax, layers that blow
 errors up. Inputs that are off by rounding errors show how far the model itself moves; what is off by many times that
 is wrong.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from passes.infra.random_state import seed_all
-from passes.models.comparing import distance, kinds, rounding
+from passes.models.comparing import difference, kinds
 from passes.models.values import mapped
 
 Inputs = tuple[Any, ...]
@@ -68,6 +68,6 @@ class Expected:
     def _beyond(self, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterator[bool]:
         moved = [each[name] for each in self._moved if kinds(each.get(name, ())) == kinds(wanted)]
         for index, (mine, theirs) in enumerate(zip(given, wanted, strict=True)):
-            off, most = distance(mine, theirs)
-            explained = max((distance(each[index], theirs)[0] for each in moved), default=0.0)
-            yield off > max(rounding(theirs.dtype) * most, SLACK * explained)
+            found = difference(mine, theirs)
+            explained = max((difference(each[index], theirs).worst for each in moved), default=0.0)
+            yield found.worst > max(found.rounding, SLACK * explained)

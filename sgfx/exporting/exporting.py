@@ -24,7 +24,7 @@ from passes.layers.grouped import Form
 from passes.layers.plain import make_exportable
 from passes.layers.plan import plans
 from passes.layers.surgery import hook_dicts
-from passes.models.comparing import distance, kinds, rounding
+from passes.models.comparing import difference, kinds
 from passes.models.copying import unhooked_copy
 from passes.models.values import give_plain_outputs, mapped, tensors_in
 from passes.options.arguments import ExampleInputs, as_inputs, split
@@ -145,8 +145,8 @@ def export(
             run = _FORMATS[suffix](program, temporary, options)
             size = temporary.stat().st_size
             compared = [_compare(run(each), _outputs(model, each), path) for each in every]
-    difference, largest = max(each[0] for each in compared), max(each[1] for each in compared)
-    return Exported(Path(path), form or DEFAULT_FORM, size, difference, largest, _hooked(small))
+    worst, largest = max(each[0] for each in compared), max(each[1] for each in compared)
+    return Exported(Path(path), form or DEFAULT_FORM, size, worst, largest, _hooked(small))
 
 
 def _hooked(model: nn.Module) -> tuple[str, ...]:
@@ -232,13 +232,11 @@ def _compare(actual: list[Tensor], expected: list[Tensor], path: str | os.PathLi
         raise InputError(f"{path} was not written: its outputs are {kinds(actual)}, the model's {kinds(expected)}")
     if not expected:
         raise InputError(f"{path} was not written: the model's outputs hold no tensors")
-    difference = largest = 0.0
-    for mine, theirs in zip(actual, expected, strict=True):
-        worst, most = distance(mine, theirs)
-        if worst > rounding(theirs.dtype) * most:
+    found = [difference(mine, theirs) for mine, theirs in zip(actual, expected, strict=True)]
+    for each in found:
+        if not each.is_rounding:
             raise InputError(
-                f"{path} was not written: an output differs from the model's by {worst:.1e}, where the largest is "
-                f"{most:.1e}. Does the model compute at random in eval mode?"
+                f"{path} was not written: an output differs from the model's by {each.worst:.1e}, where the largest is "
+                f"{each.largest:.1e}. Does the model compute at random in eval mode?"
             )
-        difference, largest = max(difference, worst), max(largest, most)
-    return difference, largest
+    return max(each.worst for each in found), max(each.largest for each in found)

@@ -19,7 +19,7 @@ from passes.errors import InputError
 from passes.layers.channel_cut import channel_dim, cut_of, cuts
 from passes.layers.masked import Masked
 from passes.layers.plan import LayerPlan
-from passes.models.comparing import distance
+from passes.models.comparing import difference
 from passes.models.copying import unhooked_copy
 from passes.models.reference import as_rows, masked_reference, rows_by_name
 from passes.models.values import Plain
@@ -137,9 +137,4 @@ def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Largest relative difference of tensors, pair by pair; infinite where they can't be compared."""
     if [x.shape for x in actual] != [x.shape for x in expected]:
         return float("inf")
-    return max(map(_distance, actual, expected), default=0.0)
-
-
-def _distance(actual: Tensor, expected: Tensor) -> float:
-    worst, most = distance(actual, expected)
-    return worst / most if most else worst
+    return max((difference(*pair).relative for pair in zip(actual, expected, strict=True)), default=0.0)

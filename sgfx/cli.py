@@ -48,8 +48,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
             warnings.showwarning = _warn
             return int(import_module(f"sgfx.commands.{command}").main(arguments))
     except KeyboardInterrupt:
-        resumable = command in ("train", "compress")
-        print("interrupted" + RESUMED * resumable, file=sys.stderr)
+        print(f"interrupted{RESUMED}" if command in ("train", "compress") else "interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sgfx {command}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -198,8 +198,9 @@ def analyse(model: nn.Module, regions: Regions, example_inputs: tuple[object, ..
         if (obstacle := obstacles[region.path]) is not None:
             fixed.update({path: obstacle for _, path, _ in calls([region])})
     for region in regions.parts:
-        for graph in region.graphs.values() if obstacles[region.path] is None else ():
-            label_values(channels, region, graph, fixed)
+        if obstacles[region.path] is None:
+            for graph in region.graphs.values():
+                label_values(channels, region, graph, fixed)
     channels.solve()
     for path, reason in fixed.items():
         channels.reasons.setdefault(path, reason)

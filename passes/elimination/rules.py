@@ -135,8 +135,9 @@ def _joined(
     parts = [part.unsqueeze(dim) for part in parts] if stacked else parts
     dims = [varying(part) for part in parts]
     if stacked or not any(dim in along for along in dims):
-        for part in parts[1:] if stacked or any(dims) else ():
-            notes.tie(*_broadcast(compact(parts[0]), compact(part)))
+        if stacked or any(dims):
+            for part in parts[1:]:
+                notes.tie(*_broadcast(compact(parts[0]), compact(part)))
     elif not all(along <= {dim} for along in dims):
         for part in parts:
             notes.hold(part, reason)

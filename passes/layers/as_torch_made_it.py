@@ -34,7 +34,9 @@ def change_of(module: nn.Module) -> str | None:
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     for kind in type(module).__mro__:
         own, package = vars(kind), _maker(kind)
-        for name in _COMPUTING if package in _MAKERS else ():  # what users write in their classes is theirs
+        if package not in _MAKERS:  # what users write in their classes is theirs
+            continue
+        for name in _COMPUTING:
             if name in own and not _comes_from(package, own[name]):
                 return f"{kind.__name__}.{name} was replaced"
     tensor = next((name for name, value in module.__dict__.items() if isinstance(value, Tensor)), None)

@@ -168,12 +168,12 @@ class Grouped(Structured):
 
     def group_blocks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Filters, inputs, and weight ``[filters, inputs, *kernel]`` of each group; a view of `weight`."""
-        blocks, end = [], 0
+        blocks, start = [], 0
         filters = torch.split(self._beside_weight(self.filters), [own for own, _ in self._blocks])
         inputs = torch.split(self._beside_weight(self.inputs), [read for _, read in self._blocks])
         for own, read in zip(filters, inputs, strict=True):
-            start, end = end, end + len(own) * len(read)
-            rows = self.weight[start:end]  # torch.fx can trace it
+            rows = self.weight[start : start + len(own) * len(read)]  # torch.fx can trace it
+            start += len(own) * len(read)
             blocks.append((own, read, rows.view(len(own), len(read), *self._dense_shape[2:])))
         return blocks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
@@ -48,16 +48,23 @@ def forward_names(kinds: frozenset[type]) -> Names:
     """The names in the forwards of some classes, and in all that these call."""
     found = Names(read=set(_ROOTS))
     done: set[FunctionType] = set()
-    while pending := [each for kind in kinds for each in _methods(kind, found.read) if each not in done]:
-        while pending:
-            function = pending.pop()
-            if function not in done:
-                done.add(function)
-                names = _names(function.__code__)
-                found.include(names)
-                used = (each for name in names.used for each in _functions(function.__globals__.get(name)))
-                pending += [each for each in used if not is_library(each)]
+    pending = _new_methods(kinds, found, done)
+    while pending:
+        function = pending.pop()
+        if function not in done:
+            done.add(function)
+            names = _names(function.__code__)
+            found.include(names)
+            used = (each for name in names.used for each in _functions(function.__globals__.get(name)))
+            pending += [each for each in used if not is_library(each)]
+        if not pending:  # names that were found may be those of more methods
+            pending = _new_methods(kinds, found, done)
     return found
+
+
+def _new_methods(kinds: Iterable[type], found: Names, done: Collection[FunctionType]) -> list[FunctionType]:
+    """The methods of some classes that have one of the names found, and were not looked at yet."""
+    return [each for kind in kinds for each in _methods(kind, found.read) if each not in done]
 
 
 def variables(function: FunctionType) -> dict[str, Any]:

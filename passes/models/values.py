@@ -50,9 +50,9 @@ def plain(value: Any) -> Any:
         return {name: plain(part) for name, part in parts.items() if part is not None}
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return (tuple if isinstance(value, tuple) else list)(map(plain, value))
-    return value
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return list(map(plain, value)) if isinstance(value, list) else value
 
 
 def give_plain_outputs(model: nn.Module) -> None:
@@ -95,7 +95,7 @@ def _parts(value: object) -> list[tuple[str, Any]] | None:
 
 
 def _mapped_leaf(leaf: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same for what torch's pytree does not take apart."""
+    """What `mapped` makes of a tensor, and of a dataclass or mapping that torch's pytree does not take apart."""
     if isinstance(leaf, Tensor):
         return change(leaf)
     names = [field.name for field in fields(leaf)] if is_dataclass(leaf) and not isinstance(leaf, type) else []

@@ -88,26 +88,24 @@ def check_model(model: nn.Module) -> None:
             "the model's forward was wrapped by accelerate; compile accelerator.unwrap_model(model, "
             "keep_fp32_wrapper=False), and prepare the result"
         )
-    wrappers = [found for home, name in WRAPPERS if (found := class_of(home, name)) is not None]
-    compiled = class_of("torch._dynamo.eval_frame", "OptimizedModule")
     for path, module in model.named_modules():
-        where = f"module {path!r}" if path else "the model"
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # left alone, as a whole
-        if any(isinstance(module, each) for each in wrappers):
-            raise InputError(f"{where} is wrapped in {kind.__name__}; compile its .module and wrap the result")
-        if compiled is not None and isinstance(module, compiled):
-            raise InputError(
-                f"{where} is a torch.compile wrapper; compile its ._orig_mod, then torch.compile the result"
-            )
-        if "quantized" in kind.__module__.split(".") and kind.__module__.startswith("torch."):
-            raise InputError(
-                f"{where} ({kind.__name__}) is quantized; compile the floating-point model, then quantize it"
-            )
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                _check_parameter(f"{where} ({kind.__name__})", name, tensor)
+        if not isinstance(module, torch.jit.ScriptModule):  # else it is left alone, as a whole
+            _check_module(f"module {path!r}" if path else "the model", module)
+
+
+def _check_module(where: str, module: nn.Module) -> None:
+    kind = type(module)
+    wrappers = [class_of(home, name) for home, name in WRAPPERS]
+    if any(wrapper is not None and isinstance(module, wrapper) for wrapper in wrappers):
+        raise InputError(f"{where} is wrapped in {kind.__name__}; compile its .module and wrap the result")
+    compiled = class_of("torch._dynamo.eval_frame", "OptimizedModule")
+    if compiled is not None and isinstance(module, compiled):
+        raise InputError(f"{where} is a torch.compile wrapper; compile its ._orig_mod, then torch.compile the result")
+    if "quantized" in kind.__module__.split(".") and kind.__module__.startswith("torch."):
+        raise InputError(f"{where} ({kind.__name__}) is quantized; compile the floating-point model, then quantize it")
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            _check_parameter(f"{where} ({kind.__name__})", name, tensor)
 
 
 def _cycle(model: nn.Module) -> str | None:

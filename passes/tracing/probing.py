@@ -92,8 +92,8 @@ class _Uses(TorchFunctionMode):
         call = layer_call(func, args, kwargs or {})
         if call is not None and call.weight is self.weight and call.input is not self.weight:
             self.calls.append(call)
-        else:
-            self.other = self.other or operation_on(self.weight, func, args, kwargs)
+        elif self.other is None:
+            self.other = operation_on(self.weight, func, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 

@@ -155,8 +155,10 @@ class Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Stand for a parameter. The own code of a layer that is being opened may ask for the shape of its weight."""
         path = self._weights.get(id(attr_val))
-        if path is None or all(path != name for name, _ in self.module_stack.values()):
-            self.read_outside |= {path} if path is not None else set()
+        if path is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if all(path != name for name, _ in self.module_stack.values()):
+            self.read_outside.add(path)
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         target = f"{path}.weight"
         if not isinstance(parameter_proxy_cache.get(target), _Weight):

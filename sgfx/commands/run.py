@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import models_zoo
 from passes.errors import InputError
 from sgfx.commands.models import check_fit, make_model, own_device
-from sgfx.commands.options import Common
+from sgfx.commands.options import Common, CompressOptions
 from sgfx.commands.parsing import read_config, write_config
 from sgfx.data.loaders import Loaders
 from sgfx.data.normalization import normalization
@@ -138,8 +138,9 @@ def adjusted(options: Common, name: str, loaders: Loaders) -> Recipe:
     last = replace(last, options={**every, **{k: getattr(options, k) for k in ONCE}})
     local, step = found.local, found.step
     if local is not None:
-        local = replace(_phase(local, asdict(getattr(options, "local"))), options=every)  # noqa: B009
-        step = getattr(options, "step", None) or step
+        local = replace(local, options=every)
+        if isinstance(options, CompressOptions):
+            local, step = _phase(local, asdict(options.local)), options.step or step
     return replace(found, last=last, local=local, step=step)
 
 

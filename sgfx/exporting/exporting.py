@@ -192,8 +192,9 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedP
         ) from error
     rename_in_program(program)
     foreign = set()
-    for graph in program.graph_module.modules():
-        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+    graphs = [each for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    for graph in graphs:
+        for node in graph.graph.nodes:
             node.meta.pop("stack_trace", None)  # places on this machine
             if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
                 foreign.add(str(node.target))

@@ -170,8 +170,10 @@ def _check_names(small: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _completed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict with all names of a tensor that has several: ``save_pretrained`` writes one of them."""
     for name, first in ties(model).items():
-        if (name in state) != (first in state):
-            state[name] = state[first] = state[name if name in state else first]
+        if name in state:
+            state.setdefault(first, state[name])
+        elif first in state:
+            state[name] = state[first]
     return state
 
 

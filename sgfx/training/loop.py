@@ -229,9 +229,9 @@ class Loop:
         if self._several:
             from accelerate.utils import broadcast
 
-            for model in (self.model, self.averaged):
-                for buffer in model.buffers() if model is not None else ():
-                    buffer.copy_(broadcast(buffer))
+            models = [self.model] if self.averaged is None else [self.model, self.averaged]
+            for buffer in (each for model in models for each in model.buffers()):
+                buffer.copy_(broadcast(buffer))
 
     def _validate(self, data: Source) -> dict[str, float]:
         """What is measured in eval mode, of the averages where there are some."""

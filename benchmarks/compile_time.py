@@ -25,7 +25,7 @@ from torch import nn
 import models_zoo
 import sgfx
 from benchmarks.machine import describe_machine
-from passes.compression.grouping import GROUPS, Grouping, inertia
+from passes.compression.grouping import GROUPS, Grouping
 from passes.compression.importance import IMPORTANCE, Importance
 from passes.compression.selection import TARGETS
 from passes.infra.compilation import Compilation
@@ -33,6 +33,7 @@ from passes.infra.manager import run_passes
 from passes.options.checks import checked_settings
 from passes.options.settings import SETTINGS
 from passes.pipeline import ANALYSIS
+from tests.tools.clustering import inertia
 
 CHECKPOINT = Path("../shared/data/resnet20-12fca82f.th")
 

@@ -88,11 +88,6 @@ def centroids(importance: Tensor, labels: Tensor) -> Tensor:
     return sums.index_add_(0, labels, importance.double()) / sizes[:, None]
 
 
-def inertia(importance: Tensor, labels: Tensor) -> float:
-    """Summed squared distance of the filters to their centroids, the objective of eq. 7, 8."""
-    return float((importance.double() - centroids(importance, labels)[labels]).square().sum())
-
-
 def _in_order_of_appearance(labels: Tensor) -> Tensor:
     number: dict[int, int] = {}
     return torch.tensor([number.setdefault(label, len(number)) for label in labels.tolist()], device=labels.device)

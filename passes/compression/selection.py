@@ -63,10 +63,10 @@ def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
     around = usage.called_around(path)
     if (inside := next((each for each in around if each not in usage.regions.leaves), None)) is not None:
         return f"inside {inside!r}, and {usage.called[inside]} reads its parameters itself"
-    return _obstacle_of_type(path, layer, usage) or _obstacle_of_use(path, layer, usage)
+    return _obstacle_of_type(layer) or _obstacle_of_use(path, layer, usage)
 
 
-def _obstacle_of_type(path: str, layer: nn.Module, usage: Usage) -> str | None:
+def _obstacle_of_type(layer: nn.Module) -> str | None:
     if isinstance(layer, Masked):
         return "already masked by a Pruner: call its lower() instead"
     if is_parametrized(layer):

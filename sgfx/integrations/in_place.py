@@ -33,7 +33,7 @@ class LivePruner(Pruner[M]):
         self._weights: dict[str, Tensor] = {path: model.get_submodule(path).weight for path in self._targets}  # type: ignore[misc]
         self._shapes: dict[str, LayerShape] = {p: layer_shape(model.get_submodule(p)) for p in self._targets}
         self._steps = iter(self)
-        self._hook: Any = model.register_load_state_dict_pre_hook(_Follower(self))  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_Follower(self))  # type: ignore[no-untyped-call]
 
     @property
     def index(self) -> int:
@@ -69,10 +69,6 @@ class LivePruner(Pruner[M]):
         finally:
             if around is not None:
                 self.model.__dict__["forward"] = around
-
-    def release(self) -> None:
-        """Leave the model as it is, and follow it no longer."""
-        self._hook.remove()
 
     def follow(self, state: Mapping[str, Any], prefix: str) -> None:
         """Take the model to the step at which a state dict was saved.

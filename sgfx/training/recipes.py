@@ -197,18 +197,13 @@ _RECIPES = {
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of a name: `recipes()` lists them.
+    """The recipe of a name.
 
     Raises:
-        InputError: there is none; says which are near.
+        InputError: there is none; says which are near, and which there are.
     """
     if name not in _RECIPES:
         near = difflib.get_close_matches(str(name), _RECIPES)
         meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise InputError(f"unknown recipe {name!r}{meant} There are {', '.join(_RECIPES)}")
     return _RECIPES[name]
-
-
-def recipes() -> list[str]:
-    """The names of all recipes."""
-    return list(_RECIPES)

@@ -65,7 +65,6 @@ class Schedule:
     """A job's plan: a `Call` with everything but addresses filled in, and what must be allocated for it.
 
     Attributes:
-        out_size: height and width of the result.
         copied: size of the buffer of copied planes in numbers; 0 if the input is read in place.
         tiles: size of the tiles of all threads in numbers; 0 if results are stored directly.
         threads: threads that have something to do.
@@ -73,7 +72,6 @@ class Schedule:
         template: the call, without addresses.
     """
 
-    out_size: tuple[int, int]
     copied: int
     tiles: int
     threads: int
@@ -131,7 +129,7 @@ def schedule(job: Job) -> Schedule:
     phases = (ctypes.c_int64 * (2 * len(source.phases)))(*(each for phase in source.phases for each in phase))
     call.taps, call.phases = ctypes.addressof(taps), ctypes.addressof(phases)
     tiles = 2 * 8 * call.tile_row * job.threads if call.staged else 0
-    return Schedule((rows, columns), copied, tiles, threads, folded, call, (taps, phases))
+    return Schedule(copied, tiles, threads, folded, call, (taps, phases))
 
 
 def _in_place(job: Job, columns: int) -> _Source | None:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from passes.compression.grouping import centroids, group_filters, inertia, restarts
+from passes.compression.grouping import centroids, group_filters, restarts
 from passes.compression.importance import importance
 from passes.compression.pruning import truncate
 from passes.errors import InputError
 from passes.layers.plan import LayerPlan, network_ratios
+from tests.tools.clustering import inertia
 
 
 def test_importance_of_a_convolution_is_the_norm_of_each_kernel():

@@ -23,11 +23,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 import sgfx
-from benchmarks.cifar import DENSENET_BC, RESNET20, Trained, chosen, read, top1
+from benchmarks.cifar import DENSENET_BC, RESNET20, RESNET44, Trained, chosen, read, top1
 from benchmarks.machine import describe_machine
 from passes.calibration.foreign_data import seen_by_norms
 
-RESNET44 = Trained("resnet44", "resnet44-014dd654.th", RESNET20.mean, RESNET20.std)
 NETWORKS = {network.name: network for network in (RESNET20, RESNET44, DENSENET_BC)}
 COUNT, TESTED = 512, 4000
 

@@ -32,6 +32,8 @@ def compress(options: CompressOptions) -> None:
     Raises:
         InputError: (or ValueError) an option, the data or the folder can't be taken.
     """
+    from passes.errors import InputError
+    from passes.layers.plan import plans
     from sgfx.commands.results import accuracies, plot, sizes, write_report
     from sgfx.commands.run import open_folder, open_loaders, open_model, open_source
     from sgfx.training.recipes import recipe
@@ -40,6 +42,10 @@ def compress(options: CompressOptions) -> None:
     source = open_source(options)
     loaders = open_loaders(options, source, 64 if options.recipe is None else recipe(options.recipe).batch_size)
     model, example = open_model(options, loaders, source)
+    if plans(model):
+        raise InputError(
+            f"--checkpoint {options.checkpoint} is compressed already: sgfx train --checkpoint … --head … trains it on"
+        )
     model.eval()
     folder, options = open_folder(options)
     phases: Phases = []
@@ -72,6 +78,8 @@ def _check(options: CompressOptions) -> None:
             "--distill.steps trains on the --calibration images alone: give these, and no recipe (with one, --teacher "
             "trains towards the dense model)"
         )
+    if options.recipe is None and options.head is not None:
+        raise InputError("--head puts random weights on the model, which must be trained: give --recipe too")
     if options.recipe is None and options.teacher:
         raise InputError("--teacher is of training by a recipe: give --recipe too")
 

@@ -26,11 +26,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     import json
 
-    import models_zoo
-    import sgfx
     from passes.errors import InputError
     from sgfx.commands.results import accuracies, results_table, sizes
-    from sgfx.commands.run import CONFIG, FINAL, open_loaders, open_model, open_source, say
+    from sgfx.commands.run import CONFIG, FINAL, load_weights, open_loaders, open_model, open_source, say
 
     folder = Path(options.run)
     for name in (CONFIG, FINAL):
@@ -44,9 +42,6 @@ def evaluate(options: EvaluateOptions) -> None:
     source = open_source(run)
     loaders = open_loaders(run, source, options.batch_size or 64)
     model, example = open_model(run, loaders, source)
-    if "ratio" in values:  # of sgfx compress
-        model = sgfx.load(folder / FINAL, into=model)
-    else:
-        models_zoo.load_checkpoint(model, folder / FINAL)
+    load_weights(model, folder / FINAL)
     row = accuracies(model.to(example.device), loaders.val, progress=not options.json) | sizes(model, example)
     say(json.dumps(row, indent=2) if options.json else results_table({str(folder): row}))

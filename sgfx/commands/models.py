@@ -94,24 +94,34 @@ def check_fit(model: nn.Module, inputs: Tensor, classes: int, name: str) -> None
     Raises:
         InputError: it doesn't.
     """
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(inputs)
-    except Exception as error:  # code of others
-        let_memory_errors_pass(error)
-        raise InputError(f"{name} does not take images {list(inputs.shape)}: {error}") from error
-    finally:
-        model.train(mode)
+    logits = check_takes(model, inputs, name)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{name} must give scores [N, classes], not {given}")
     if logits.shape[1] != classes:
         raise InputError(
             f"{name} has scores for {logits.shape[1]} classes, and the data have {classes}: make a model for as many "
-            f"(--model_options.num_classes {classes} for most), or give other data"
+            f"(--model_options.num_classes {classes} for most), put a new head on it (--head {classes}), or give other "
+            "data"
         )
+
+
+def check_takes(model: nn.Module, inputs: Tensor, name: str) -> Any:
+    """See that the model takes the images, and return what it gives for them in eval mode.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(inputs)
+    except Exception as error:  # code of others
+        let_memory_errors_pass(error)
+        raise InputError(f"{name} does not take images {list(inputs.shape)}: {error}") from error
+    finally:
+        model.train(mode)
 
 
 def own_device() -> torch.device:

@@ -28,7 +28,8 @@ class Common:
     data: str = required("a folder (train/ and val/ or test/; CIFAR; CUB-200), or digits or synthetic")
     out: str = required("the folder of the run; the same command goes on with what is in it")
     model_options: dict[str, Any] = option(dict, "passed to the model's builder, as --model_options.num_classes 100")
-    checkpoint: str | None = option(None, "trained weights: a state dict of torch.save, or safetensors")
+    checkpoint: str | None = option(None, "trained weights: a state dict of torch.save, safetensors, or of sgfx.save")
+    head: int | None = option(None, "put a new last linear layer for so many classes on the trained weights")
     download: Literal["cifar10", "cifar100"] | None = option(None, "fetch this data set into --data, if it isn't there")
     normalization: str | tuple[list[float], list[float]] | None = option(
         None, "imagenet, cifar10, cifar100, half or [means, deviations]; by default that of the data set"

@@ -7,16 +7,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 import models_zoo
 from passes.errors import InputError
-from sgfx.commands.models import check_fit, make_model, own_device
+from sgfx.commands.heads import replace_head
+from sgfx.commands.models import check_fit, check_takes, make_model, own_device
 from sgfx.commands.options import Common, CompressOptions
 from sgfx.commands.parsing import read_config, write_config
 from sgfx.data.loaders import Loaders
 from sgfx.data.normalization import normalization
 from sgfx.data.sources import MADE, Source, open_data
+from sgfx.files.container import holds_compiled
+from sgfx.files.files import load
 from sgfx.files.writing import replacing
 from sgfx.training.recipes import Phase, Recipe, recipe
 
@@ -118,12 +122,24 @@ def open_model(options: Common, loaders: Loaders, source: Source) -> tuple[nn.Mo
     """
     model = make_model(options.model, options.model_options, options.seed)
     if options.checkpoint is not None:
-        models_zoo.load_checkpoint(model, options.checkpoint)
+        load_weights(model, Path(options.checkpoint))
     device = own_device()
     inputs = loaders.example.to(device)
     model.to(device)
+    if options.head is not None:
+        check_takes(model, inputs, options.model)
+        torch.manual_seed(options.seed)
+        replace_head(model, inputs, options.head)
     check_fit(model, inputs, len(source.classes), options.model)
     return model, inputs
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Fill a dense model from a file: of `sgfx.save`, which regroups it too, or of a dense model's state dict."""
+    if holds_compiled(file):
+        load(file, into=model)
+    else:
+        models_zoo.load_checkpoint(model, file)
 
 
 def adjusted(options: Common, name: str, loaders: Loaders) -> Recipe:

@@ -71,6 +71,17 @@ def unpacked(file: Path, content: bytes) -> tuple[Record | None, dict[str, Tenso
     return structure, tensors
 
 
+def holds_compiled(file: Path) -> bool:
+    """Whether `sgfx.save` wrote a file, by its header; False where it can't be read."""
+    try:
+        with file.open("rb") as opened:
+            length, first = int.from_bytes(opened.read(8), "little"), opened.read(1)
+            header = first + opened.read(min(length, 1 << 26) - 1) if first == b"{" else b"{}"
+            return _KEY in json.loads(header).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
 def check_size(file: Path, content: bytes, model: nn.Module) -> None:
     """Refuse a header that tells of far more groups, modules or tensors than `model` has, before it is parsed."""
     header = _header(content)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.calibration.image_lists import image_lists
 from passes.errors import InputError
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
+from passes.models.detectors import is_detector
 from passes.models.values import mapped, tensors_in
 from passes.options.arguments import bound
 
@@ -45,13 +47,18 @@ def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:
     if isinstance(data, Tensor) and data.dim() == 0:
         raise InputError(f"{name} is a single number: give a tensor of examples [N, …]")
     required, device = _required_inputs(model), next((p.device for p in model.parameters()), None)
+    detector = is_detector(model)
     batches: list[Arguments] = []
     with own_random_state():  # a loader that shuffles draws from the global one
         for number, batch in enumerate([data] if isinstance(data, Tensor) else data, 1):
-            given = _arguments(model, batch, required, name, number)
-            if not isinstance(data, Tensor | list | tuple):
-                given = copy_inputs(given)  # a generator may fill the same tensor again
-            batches += _cut(mapped(given, lambda x: x.to(device)))
+            parts: Iterable[Arguments]
+            if detector:
+                parts = image_lists(batch, f"batch {number} of {name}")
+            else:
+                parts = _cut(_arguments(model, batch, required, name, number))
+            for given in parts:
+                own = given if isinstance(data, Tensor | list | tuple) else copy_inputs(given)  # may be filled again
+                batches.append(mapped(own, lambda x: x.to(device)))
     batches = [given for given in batches if example_count(given)]
     if not batches:
         raise InputError(

@@ -16,8 +16,9 @@ from passes.options.ranges import checked_integer, checked_number
 from sgfx.calibrating import check_compiled
 from sgfx.progress import progress_bar
 from sgfx.training.descent import Descent
+from sgfx.training.detector_teacher import teacher_of
 from sgfx.training.drawing import Examples
-from sgfx.training.teacher import Teacher, in_single_precision
+from sgfx.training.teacher import in_single_precision
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +30,9 @@ def distill(dense: nn.Module, small: M, data: Any, *, steps: int = 400, lr: floa
     flipped and shifted at random. Of 512 examples or more 64 are held out; fewer are learnt from and judged by alike.
     Where the distance on these has grown, the weights go back and the rate is halved, and what was nearest is handed
     out: a rate that is too high costs steps, and does not make the model worse.
+
+    A detector is trained towards the maps of the dense one's backbone, its pyramid included, and towards what the heads
+    give at the same places, on lists of images of any sizes, a list a step; see `docs/detection.md`.
 
     The model is in eval mode meanwhile: norms keep their statistics, and their weights are trained. Half precision is
     trained in single precision. Calibrate first: each brings what the other can't.
@@ -65,7 +69,7 @@ def descend(dense: nn.Module, small: M, data: Any, *, steps: int, lr: float, pro
         trained = [parameter for parameter in work.parameters() if parameter.requires_grad]
         if not trained:
             raise InputError("small has nothing to train: no parameter with requires_grad=True; set it on some")
-        descent = Descent(work, trained, Teacher(dense), Examples([in_single_precision(x) for x in batches]))
+        descent = Descent(work, trained, teacher_of(dense), Examples([in_single_precision(x) for x in batches]))
         try:
             with progress_bar("distill", steps, "step", shown=progress) as tick:
                 for _ in descent.run(steps, lr):

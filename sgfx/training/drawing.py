@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from passes.calibration.data import Arguments
+from passes.calibration.data import Arguments, example_count
 from passes.models.copying import copy_inputs
 
 BATCH = 64  # examples per step, and the most that are held out
@@ -17,7 +17,8 @@ SHIFT = 8  # images are shifted by up to this part of their size
 class Examples:
     """What is learnt from, and what is judged by: others where there are many, some of the same where there are few.
 
-    Tensors of one shape are put together and drawn one by one; other batches are drawn as they came.
+    Tensors of one shape are put together and drawn one by one; other batches are drawn as they came, and lists of
+    images as they came too, mirrored at random.
 
     Args:
         batches: what the model is called with, batch by batch.
@@ -30,8 +31,10 @@ class Examples:
         self._whole = alike and all(len(x) == len(given[0]) for given in batches for x in given)
         examples = [torch.cat(each) for each in zip(*batches, strict=True)] if self._whole else []
         count = len(examples[0]) if self._whole else len(batches)
-        rows = sum(len(given[0]) if given and isinstance(given[0], Tensor) else 1 for given in batches)
-        self._held, self._taught = _split(count, apart=rows >= ENOUGH)
+        rows = sum(example_count(given) for given in batches)
+        self._lists = isinstance(batches[0][0], list)
+        most = max(1, BATCH * len(batches) // rows) if self._lists else BATCH  # images of detectors are large
+        self._held, self._taught = _split(count, most, apart=rows >= ENOUGH)
         self._examples, self._batches = examples, batches
         self._generator = torch.Generator().manual_seed(0)
         self._left = torch.empty(0, dtype=torch.int64)
@@ -48,6 +51,8 @@ class Examples:
             self._left = self._taught[torch.randperm(len(self._taught), generator=self._generator)]
         size = BATCH if self._whole else 1
         chosen, self._left = self._left[:size], self._left[size:]
+        if self._lists:
+            return ([mirrored(image, self._generator) for image in self._batches[int(chosen)][0]],)
         if not self._whole:
             return tuple(copy_inputs(self._batches[int(chosen)]))
         drawn = self._at(chosen)
@@ -57,16 +62,21 @@ class Examples:
         return [x[places.to(x.device)] for x in self._examples]
 
 
-def _split(count: int, *, apart: bool) -> tuple[Tensor, Tensor]:
+def _split(count: int, most: int, *, apart: bool) -> tuple[Tensor, Tensor]:
     """Indices of the examples to judge by, spread evenly, and of those to learn from: the others if `apart`, or all."""
     every = torch.arange(count)
-    held = min(BATCH, count // HELD_SHARE if apart else count)
+    held = min(most, count // HELD_SHARE if apart else count)
     if not held:
         return every, every
     judged = torch.arange(held) * count // held
     taught = torch.ones(count, dtype=torch.bool)
     taught[judged] = not apart
     return judged, every[taught]
+
+
+def mirrored(image: Tensor, generator: torch.Generator) -> Tensor:
+    """An image ``[C, H, W]``, or its mirror image, by chance."""
+    return image.flip(-1) if torch.rand((), generator=generator) < 0.5 else image.clone()
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:

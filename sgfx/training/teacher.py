@@ -40,11 +40,14 @@ class Teacher:
 
     Args:
         dense: the model; a copy of it without hooks is run, in eval mode, in single precision where it is in half.
+
+    Attributes:
+        model: the copy.
     """
 
     def __init__(self, dense: nn.Module) -> None:
         """Make the copy."""
-        self._model = in_single_precision(unhooked_copy(dense)).eval()
+        self.model = in_single_precision(unhooked_copy(dense)).eval()
         self._blocks = [
             name
             for name, module in dense.named_modules()
@@ -67,7 +70,7 @@ class Teacher:
             InputError: the teacher can't be run on the inputs, its outputs have other shapes, or the model's have no
                 gradient.
         """
-        with _watched(self._model, self._blocks) as theirs:
+        with _watched(self.model, self._blocks) as theirs:
             wanted = self._targets(inputs)
         with _watched(model, self._blocks) as mine:
             outputs = run()
@@ -77,12 +80,16 @@ class Teacher:
         blocks = list(_block_distances(mine, theirs))
         return outputs, loss + BLOCKS * torch.stack(blocks).mean() if blocks else loss
 
+    def teach(self, inputs: tuple[Any, ...]) -> Any:
+        """What is wanted for these inputs, which may be worked on; without gradients."""
+        return call(self.model, inputs)
+
     def _targets(self, inputs: tuple[Any, ...]) -> Any:
         for tensor in _tensors(inputs):
-            self._model.to(tensor.device)
+            self.model.to(tensor.device)
         try:
             with torch.no_grad():
-                return call(self._model, in_single_precision(copy_inputs(inputs)))
+                return self.teach(in_single_precision(copy_inputs(inputs)))
         except Exception as error:
             let_memory_errors_pass(error)
             hint = single_image(inputs)

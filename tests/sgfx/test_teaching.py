@@ -113,7 +113,7 @@ def test_lessons_leave_no_hooks_even_if_they_fail():
     for model, inputs, fails in ((small, x[:, :3], True), (small, x, True), (scripted, x, False)):
         with pytest.raises((sgfx.InputError, ZeroDivisionError)) if fails else nullcontext():
             teacher.lesson(model, (inputs,), lambda m=model, fails=fails: m(x) if not fails else 1 / 0)
-        for each in (model, teacher._model):
+        for each in (model, teacher.model):
             assert not any(module._forward_hooks for module in each.modules())
 
 
@@ -224,7 +224,7 @@ def test_a_teacher_is_in_eval_mode_has_no_gradient_and_leaves_inputs_alone():
         _, loss = teacher.lesson(dense, (x,), lambda: dense.eval()(x.clone()))
         assert loss.item() == 0
     assert torch.equal(x, before)
-    assert teacher._model.grad == [False, False]
+    assert teacher.model.grad == [False, False]
 
 
 def test_a_compiled_teacher_has_blocks_too():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from passes.calibration.budget.error_curves import ErrorCurves
+from passes.calibration.budget.spending import Spending
+from passes.calibration.calibrating import Calibration, SeeNorms
 from passes.compression.grouping import Grouping
 from passes.compression.importance import Importance
 from passes.compression.lowering import Lowering
@@ -26,6 +27,7 @@ from passes.freezing.rewrites.nothing import DropNothing
 from passes.freezing.rewrites.sums import FuseSums
 from passes.freezing.rewrites.thresholds import UseThresholds
 from passes.infra.compilation import Pass
+from passes.infra.progress import Progress
 from passes.tracing.regions import Trace
 
 # compile and Pruner: understand the model once, plan (at every pruning step), then mask or lower
@@ -40,6 +42,20 @@ def pruning_step(limit: float) -> tuple[Pass, ...]:
     return (*GROUPING, Pruning(limit), Masking())
 
 
+def budget(progress: Progress) -> tuple[Pass, ...]:
+    """After grouping: ratios that keep a budget, for which `PRUNING` prunes then; `progress` shows how far it is."""
+    return (ErrorCurves(progress), Spending(progress))
+
+
+# calibrate: whether the examples are like those of the training, then the kept weights solved again
+INSPECTION: tuple[Pass, ...] = (SeeNorms(),)
+
+
+def calibration(progress: Progress) -> tuple[Pass, ...]:
+    """What solves the kept weights again; `progress` shows how far it is."""
+    return (Calibration(progress),)
+
+
 # freeze: an eval graph, said with as few passes over its tensors as possible
 REWRITES: tuple[Pass, ...] = (
     DropNothing(), MakeRecipes(), FoldNorms(), FuseSums(), KeepNorms(), FuseActivations(),
@@ -49,6 +65,6 @@ REWRITING: tuple[Pass, ...] = (RemoveUnread(), Trace(), Rewriting(REWRITES))
 ARRANGING: tuple[Pass, ...] = (Placing(), Chaining())
 
 
-def freezing(tick: Callable[[], object]) -> tuple[Pass, ...]:
-    """What is done with the rewritten parts of a model; `tick` is called after each layer that was decided about."""
-    return (Forming(ARRANGING, tick), Comparison(REWRITES), Recording())
+def freezing(progress: Progress) -> tuple[Pass, ...]:
+    """All that freezing does; `progress` shows how far it is."""
+    return (*REWRITING, Forming(ARRANGING, progress), Comparison(REWRITES), Recording())

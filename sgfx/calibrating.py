@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from functools import partial
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from passes.calibration.calibrate import calibrate_region
-from passes.calibration.data import Arguments, parted, read_examples
-from passes.calibration.foreign_data import SeenNorm, seen_by_norms
-from passes.calibration.pairing import walkable_regions
+from passes.calibration.calibrating import DENSE, SEEN_NORMS, UNCALIBRATED
+from passes.calibration.data import EXAMPLES, Arguments, read_examples
+from passes.calibration.foreign_data import SeenNorm
 from passes.errors import InputError
-from passes.infra.random_state import own_random_state
+from passes.infra.compilation import Compilation, Facts
+from passes.infra.manager import run_passes
 from passes.layers.channel_cut import cuts
+from passes.layers.geometry import is_layer
 from passes.layers.grouped import Grouped
 from passes.layers.plan import layer_shape, plans
-from passes.models.copying import copy_inputs, unhooked_copy
-from passes.options.arguments import call
 from passes.options.checks import check_model
-from passes.tracing.tracer import join
+from passes.options.settings import SETTINGS, Settings
+from passes.pipeline import INSPECTION, calibration
 from sgfx.progress import progress_bar
-from sgfx.training.teacher import distance
 
 M = TypeVar("M", bound=nn.Module)
 FOREIGN = 0.05  # mean divergence of norms; docs/accuracy.md has that of own and of foreign images
@@ -68,47 +66,12 @@ def calibrate_on(
 
     `leaves` are the paths of modules that are not to be traced into.
     """
-    work = unhooked_copy(small)  # all graphs that are made of it share its parameters
-    with own_random_state():
-        _warn_of_foreign_data(seen_by_norms(dense, batches))
-        layers = sum(isinstance(module, Grouped) for module in work.modules())
-        with progress_bar("calibrate", layers, "layer", shown=progress) as tick:
-            changed = _calibrated(dense, work.eval(), batches, leaves, tick)
-    # A tensor that two modules share has two names.
-    tensors = dict(small.named_parameters(remove_duplicate=False)) | dict(small.named_buffers(remove_duplicate=False))
-    targets = [(tensors[name], value) for name, value in changed.items()]
-    with torch.no_grad():
-        for tensor, value in targets:
-            tensor.copy_(value)
-    _warn_of_the_rest(small, changed)
+    known: Facts = {SETTINGS: Settings(leaf_modules=tuple(leaves)), DENSE: dense, EXAMPLES: batches}
+    compilation = run_passes(INSPECTION, Compilation(small, known))
+    _warn_of_foreign_data(compilation[SEEN_NORMS])
+    run_passes(calibration(partial(progress_bar, shown=progress)), compilation)
+    _warn_of_the_rest(compilation[UNCALIBRATED])
     return small
-
-
-def held_out_error(dense: nn.Module, small: nn.Module, batches: list[Arguments], leaves: Collection[str] = ()) -> float:
-    """How far the outputs of a compressed model are from the dense one's, calibrated on a part of the examples.
-
-    Args:
-        dense: the model; it is not changed.
-        small: what was made of it; it is not changed.
-        batches: arguments; one example in four is judged by.
-        leaves: paths of modules that are not to be traced into.
-
-    Returns:
-        The mean distance on the examples that are judged by; NaN where there are none, they can't be told apart from
-        what else a batch holds, or outputs can't be compared.
-    """
-    fitted, judged = parted(batches)
-    if not fitted:
-        return math.nan
-    teacher, work = unhooked_copy(dense).eval(), unhooked_copy(small).eval()
-    layers = sum(isinstance(module, Grouped) for module in work.modules())
-    with own_random_state(), torch.no_grad(), progress_bar("compare ratios", layers, "layer") as tick:
-        try:
-            _calibrated(dense, work, fitted, leaves, tick)
-            found = [distance(call(work, copy_inputs(x)), call(teacher, copy_inputs(x))).item() for x in judged]
-        except InputError:  # what is really wrong with the examples is said where all of them are used
-            return math.nan
-    return sum(found) / len(found) if found else math.nan
 
 
 def check_compiled(dense: nn.Module, small: nn.Module) -> None:
@@ -123,25 +86,8 @@ def check_compiled(dense: nn.Module, small: nn.Module) -> None:
     if all(isinstance(modules.get(path), Grouped) for path in grouped):
         raise InputError("dense has been compiled itself: give the model from before sgfx.compile")
     for path, plan in found.items():
-        if path not in modules or not hasattr(modules[path], "weight") or layer_shape(modules[path]) != plan.shape:
+        if not is_layer(modules.get(path)) or layer_shape(modules[path]) != plan.shape:
             raise InputError(f"small is no compiled form of dense: layer {path!r} of small is not in dense, or differs")
-
-
-def _calibrated(
-    dense: nn.Module,
-    work: nn.Module,
-    batches: list[Arguments],
-    leaves: Collection[str],
-    tick: Callable[[], object],
-) -> dict[str, Tensor]:
-    """Calibrate `work`, region by region in the order in which they run; returns what has changed."""
-    changed: dict[str, Tensor] = {}
-    for path, theirs, mine, pairs in walkable_regions(dense, work, batches, leaves):
-        for name, value in calibrate_region(theirs, mine, pairs, path, tick).items():
-            changed[join(path, name)] = value
-            holder, _, leaf = join(path, name).rpartition(".")
-            getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
-    return changed
 
 
 def _warn_of_foreign_data(norms: list[SeenNorm]) -> None:
@@ -158,12 +104,7 @@ def _warn_of_foreign_data(norms: list[SeenNorm]) -> None:
         )
 
 
-def _warn_of_the_rest(small: nn.Module, changed: dict[str, Tensor]) -> None:
-    left = [
-        path
-        for path, module in small.named_modules()
-        if isinstance(module, Grouped) and f"{path}.weight" not in changed
-    ]
+def _warn_of_the_rest(left: list[str]) -> None:
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(

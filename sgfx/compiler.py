@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from passes.calibration.data import Arguments, read_examples
-from passes.compression.grouping import GROUPS
+from passes.calibration.budget.spending import BUDGET, MISSED
+from passes.calibration.data import EXAMPLES, Arguments, read_examples
+from passes.compression.lowering import lowered_copy
 from passes.compression.pruning import PLANS
-from passes.compression.selection import REASONS, TARGETS, Target
 from passes.elimination.elimination import remove_unread_filters
 from passes.errors import InputError
-from passes.infra.compilation import Compilation, Facts
+from passes.infra.compilation import Compilation, Facts, Pass
 from passes.infra.manager import run_passes
 from passes.layers.plan import LayerPlan
 from passes.models.adoption import adopt
-from passes.models.copying import copy_model
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
-from passes.options.settings import SETTINGS, Criterion, Settings
-from passes.pipeline import ANALYSIS, GROUPING, LOWERING, PRUNING
+from passes.options.settings import SETTINGS, Criterion
+from passes.pipeline import ANALYSIS, GROUPING, PRUNING
+from passes.pipeline import budget as spending_passes
 from passes.tracing.regions import REGIONS
-from sgfx.budgets import Budget, checked_budget, spend
-from sgfx.calibrating import calibrate_on, held_out_error
+from sgfx.budgets import Shares, budget_of, checked_budget, warn_of_missed
+from sgfx.calibrating import calibrate_on
+from sgfx.progress import progress_bar
 from sgfx.pruner import Pruner, Step
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,7 +38,7 @@ def compile(
     *,
     groups: int = 8,
     ratio: float | None = None,
-    budget: Budget | None = None,
+    budget: Shares | None = None,
     linear_ratio: float | None = None,
     ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     overrides: Mapping[str, Mapping[str, float]] | None = None,
@@ -125,7 +126,7 @@ def compile(
     return model
 
 
-def _share(ratio: float | None, budget: Budget | None, step: float | None, calibration: Any) -> CheckedBudget:
+def _share(ratio: float | None, budget: Shares | None, step: float | None, calibration: Any) -> CheckedBudget:
     """The checked budget, or None where a ratio is given instead."""
     if (ratio is None) == (budget is None):
         raise InputError(
@@ -146,38 +147,23 @@ def _compile_at_once(
 ) -> M:
     """Plan on the live model, which these passes only read, and lower a copy."""
     settings = checked_settings(model, **options)
+    known: Facts = {SETTINGS: settings}
+    spending: tuple[Pass, ...] = ()
+    if share is not None and batches is not None:
+        inputs = settings.example_inputs or batches[0]
+        known = {**known, EXAMPLES: batches, BUDGET: budget_of(*share, inputs, eliminating=eliminate)}
+        spending = spending_passes(progress_bar)
 
     def planned() -> dict[str, LayerPlan]:
         """Graphs and importance vectors, as large as the weights, are gone when this returns."""
-        grouped = run_passes(ANALYSIS, Compilation(model, {SETTINGS: settings}))
-        grouped.take(REGIONS).empty()
-        run_passes(GROUPING, grouped)
-        if share is None or batches is None:
-            return run_passes(PRUNING, grouped)[PLANS]
+        compilation = run_passes(ANALYSIS, Compilation(model, known))
+        compilation.take(REGIONS).empty()
+        run_passes((*GROUPING, *spending, *PRUNING), compilation)
+        if MISSED in compilation:
+            warn_of_missed(compilation[MISSED])
+        return compilation[PLANS]
 
-        def pruned(targets: dict[str, Target]) -> dict[str, LayerPlan]:
-            known: Facts = {TARGETS: targets, REASONS: grouped[REASONS], GROUPS: grouped[GROUPS]}
-            return run_passes(PRUNING, Compilation(model, known))[PLANS]
-
-        def made(targets: dict[str, Target]) -> nn.Module:
-            small = _lowered(model, settings, pruned(targets))
-            return remove_unread_filters(small, settings.example_inputs, settings.leaf_modules)
-
-        def judge(targets: dict[str, Target]) -> float:
-            small = _lowered(model, settings, pruned(targets))
-            return held_out_error(model, small, batches, settings.leaf_modules)
-
-        return pruned(spend(grouped, share, batches, judge, made if eliminate else None))
-
-    return _lowered(model, settings, planned())
-
-
-def _lowered(model: M, settings: Settings, plans: dict[str, LayerPlan]) -> M:
-    """A copy of `model` with grouped layers, made without the weights that go anyway."""
-    replaced = [cast(Tensor, model.get_submodule(path).weight) for path, plan in plans.items() if plan.grouped]
-    small = copy_model(model, shared=replaced)
-    run_passes(LOWERING, Compilation(small, {SETTINGS: settings, PLANS: plans}))
-    return small
+    return lowered_copy(model, settings, planned())
 
 
 def _compile_in_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from passes import kernel
 from passes.errors import InputError
 from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
-from passes.freezing.choosing import chosen_layers, layer_works
+from passes.freezing.choosing import chosen_layers
 from passes.freezing.decisions import Decisions, decisions_of, machine
 from passes.freezing.hooks import check_hooks, check_weights
-from passes.freezing.parts import PARTS, quiet_copy
+from passes.freezing.parts import quiet_copy
 from passes.freezing.recording import FROZEN
 from passes.infra.compilation import Compilation, Facts
 from passes.infra.manager import run_passes
@@ -23,7 +24,7 @@ from passes.models.copying import copy_inputs
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.checks import check_model
 from passes.options.settings import SETTINGS, Settings
-from passes.pipeline import REWRITING, freezing
+from passes.pipeline import freezing
 from sgfx.progress import progress_bar
 
 
@@ -78,10 +79,8 @@ def freeze(
     asked = Asked(strategy, given, decisions is not None, machine(), note)
     with preserved_random_state():
         known: Facts = {SETTINGS: Settings(example_inputs=inputs), ORIGINAL: model, ASKED: asked}
-        compilation = run_passes(REWRITING, Compilation(quiet_copy(model), known))
-        layers = sum(len(layer_works(part.graph)) for part in compilation[PARTS])
-        with progress_bar("freeze", layers, "layer", shown=progress) as tick:
-            run_passes(freezing(tick), compilation)
+        compilation = Compilation(quiet_copy(model), known)
+        run_passes(freezing(partial(progress_bar, shown=progress)), compilation)
     return compilation[FROZEN]
 
 

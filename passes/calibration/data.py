@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passes.calibration.image_lists import image_lists
 from passes.errors import InputError
+from passes.infra.compilation import Fact
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
 from passes.models.detectors import is_detector
@@ -20,6 +21,7 @@ from passes.options.arguments import bound
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
 JUDGED = 4  # one example in so many
 Arguments = tuple[Any, ...]
+EXAMPLES = Fact[list[Arguments]]("examples")  # the arguments that the model is to be called with, batch by batch
 
 
 def read_examples(data: Any, name: str, model: nn.Module) -> list[Arguments]:

@@ -6,17 +6,23 @@ The result is checked by tracing it again: every regrouped layer in a region mus
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
 from passes.compression.pruning import PLANS
 from passes.infra.compilation import Compilation, Pass
+from passes.infra.manager import run_passes
 from passes.layers.custom import grouped_form
 from passes.layers.grouped import Grouped
 from passes.layers.plan import LayerPlan, attach_plan
 from passes.layers.surgery import replace_module
-from passes.options.settings import SETTINGS
+from passes.models.copying import copy_model
+from passes.options.settings import SETTINGS, Settings
 from passes.tracing.regions import REGIONS, find_regions
 from passes.tracing.trace import calls
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> None:
@@ -30,6 +36,14 @@ def lower(model: nn.Module, plans: dict[str, LayerPlan]) -> None:
         replace_module(model, path, layer)
     for path, plan in plans.items():
         attach_plan(model.get_submodule(path), plan)
+
+
+def lowered_copy(model: M, settings: Settings, plans: dict[str, LayerPlan]) -> M:
+    """A copy of `model` with grouped layers by its `plans`, made without the weights that go anyway."""
+    replaced = [model.get_submodule(path).get_parameter("weight") for path, plan in plans.items() if plan.grouped]
+    small = copy_model(model, shared=replaced)
+    run_passes((Lowering(),), Compilation(small, {SETTINGS: settings, PLANS: plans}))
+    return small
 
 
 class Lowering(Pass):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import fx, nn
 
@@ -32,10 +32,8 @@ def assembled(
     """
     layers: dict[str, LayerDecision] = {}
     for part in parts:
-        decided: Mapping[str, LayerDecision] = run_passes(passes, Compilation(part.graph, {SHAPES: part.inputs}))[
-            LAYERS
-        ]
-        layers.update(decided)
+        done = run_passes(passes, Compilation(part.graph, {SHAPES: part.inputs}))
+        layers.update(done[LAYERS])
     if parts[0].path == "":
         return _finished(parts[0].graph), layers
     whole = copy_model(small)

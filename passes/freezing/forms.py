@@ -15,14 +15,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from passes.freezing.asking import ASKED
+from passes.freezing.asking import ASKED, Asked
 from passes.freezing.assembling import assembled
 from passes.freezing.choosing import Choosing, layer_works
-from passes.freezing.decisions import LayerDecision
+from passes.freezing.decisions import Decisions, LayerDecision
 from passes.freezing.parts import PARTS, Part
 from passes.freezing.recipe import Recipe
 from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
+from passes.infra.progress import Progress, silent
 from passes.options.settings import SETTINGS
 
 Layers = Mapping[str, LayerDecision]
@@ -60,7 +61,7 @@ class Forming(Pass):
 
     Args:
         arranging: the passes that arrange memory and calls around the layers that were chosen.
-        tick: called after each layer.
+        progress: shows how far it is.
     """
 
     name = "forming"
@@ -68,35 +69,50 @@ class Forming(Pass):
     ensures = (FORM,)
     ends = (PARTS,)
 
-    def __init__(self, arranging: Sequence[Pass], tick: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, arranging: Sequence[Pass], progress: Progress = silent) -> None:
         """Take both."""
-        self._arranging, self._tick = arranging, tick
+        self._arranging, self._progress = arranging, progress
 
     def run(self, compilation: Compilation) -> Facts:
         """Measure, or do as told."""
-        small, parts, asked = compilation.model, compilation[PARTS], compilation[ASKED]
-        given = asked.fitting({path: work for part in parts for path, work in layer_works(part.graph).items()})
-        if given is None and asked.strategy is None:
-            inputs = compilation[SETTINGS].example_inputs or ()
-            return {FORM: self._fastest(small, parts, inputs)}
-        stopwatch = Stopwatch()
-        choosing = Choosing(asked.strategy, given.layers if given is not None else {}, stopwatch, self._tick)
-        model, layers = assembled(small, parts, (choosing, *self._arranging))
-        asked.check_names(layers)
-        if given is not None and layers == given.layers:  # then their times and their note hold too
-            return {FORM: Form(model, layers, given.milliseconds, _joined(given.note, stopwatch.complaint()), False)}
-        return {FORM: Form(model, layers, {}, stopwatch.complaint(), False)}
+        parts, asked = compilation[PARTS], compilation[ASKED]
+        works = [layer_works(part.graph) for part in parts]
+        given = asked.fitting({path: work for each in works for path, work in each.items()})
+        with self._progress("freeze", sum(map(len, works)), "layer") as tick:
+            if given is None and asked.strategy is None:
+                inputs = compilation[SETTINGS].example_inputs or ()
+                return {FORM: self._fastest(compilation.model, parts, inputs, tick)}
+            return {FORM: self._as_told(compilation.model, parts, asked, given, tick)}
 
     def check(self, compilation: Compilation) -> str | None:
         """No recipe is left in the whole."""
         modules = compilation[FORM].model.modules()
         return next((f"layer {each.path!r} can't be run" for each in modules if isinstance(each, Recipe)), None)
 
-    def _fastest(self, small: nn.Module, parts: Sequence[Part], inputs: tuple[object, ...]) -> Form:
+    def _as_told(
+        self,
+        small: nn.Module,
+        parts: Sequence[Part],
+        asked: Asked,
+        given: Decisions | None,
+        tick: Callable[[], object],
+    ) -> Form:
+        """The form of a strategy or of decisions, with the times and the note of these if all of them hold."""
+        stopwatch = Stopwatch()
+        choosing = Choosing(asked.strategy, given.layers if given is not None else {}, stopwatch, tick)
+        model, layers = assembled(small, parts, (choosing, *self._arranging))
+        asked.check_names(layers)
+        if given is not None and layers == given.layers:
+            return Form(model, layers, given.milliseconds, _joined(given.note, stopwatch.complaint()), False)
+        return Form(model, layers, {}, stopwatch.complaint(), False)
+
+    def _fastest(
+        self, small: nn.Module, parts: Sequence[Part], inputs: tuple[object, ...], tick: Callable[[], object]
+    ) -> Form:
         """The fastest form of the whole, of all that there are."""
         stopwatch = Stopwatch()
         twins = [[part.twin() for part in parts] for _ in range(2)]
-        chosen, layers = assembled(small, parts, (Choosing(None, {}, stopwatch, self._tick), *self._arranging))
+        chosen, layers = assembled(small, parts, (Choosing(None, {}, stopwatch, tick), *self._arranging))
         library = {path: replace(layer, way="library", tiling=()) for path, layer in layers.items()}
         alone, _ = assembled(small, twins.pop(), (Choosing("library", {}, stopwatch), *self._arranging))
         forms: dict[str, tuple[nn.Module, Layers]] = {"library alone": (alone, library)}

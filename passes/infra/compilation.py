@@ -16,9 +16,10 @@ from torch import nn
 from passes.errors import PassError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Fact(Generic[T]):
+class Fact(Generic[T_co]):
     """The key of something that is known of a model; it is itself, and no other of the same name."""
 
     def __init__(self, name: str) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.calibration.data import shapes_of, single_image
+from passes.calibration.output_distance import distance, floating_tensors, relative_error, shapes, variance_of
 from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import mapped, tensors_in
+from passes.models.values import mapped
 from passes.options.arguments import call
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Teacher:
         return call(self.model, inputs)
 
     def _targets(self, inputs: tuple[Any, ...]) -> Any:
-        for tensor in _tensors(inputs):
+        for tensor in floating_tensors(inputs):
             self.model.to(tensor.device)
         try:
             with torch.no_grad():
@@ -96,27 +97,6 @@ class Teacher:
             raise InputError(f"data of shape {shapes_of(inputs)} do not fit the teacher: {error}{hint}") from error
 
 
-def distance(outputs: Any, wanted: Any) -> Tensor:
-    """How far `outputs` are from `wanted`: the squared error over the variance of what is wanted, over all tensors.
-
-    It is 0 where they agree, and about 1 where the outputs say nothing. It has no temperature and asks nothing of what
-    they mean; tensors without elements have no say. Differentiable in `outputs`.
-
-    Raises:
-        InputError: their floating-point tensors differ in number or shape, or there are none with numbers in them.
-    """
-    own, goal = _tensors(outputs), _tensors(wanted)
-    if _shapes(own) != _shapes(goal) or not goal:
-        raise InputError(
-            f"the model's outputs {shapes_of(outputs)} can't be compared with the teacher's {shapes_of(wanted)}: they "
-            "must be the same tensors of floating-point numbers"
-        )
-    parts = [_error(x, y, _variance(y)) for x, y in zip(own, goal, strict=True) if y.numel()]
-    if not parts:
-        raise InputError(f"the teacher's outputs {shapes_of(wanted)} hold no numbers: nothing can be learnt from them")
-    return torch.stack(parts).mean()
-
-
 def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]]) -> Iterator[Tensor]:
     """The distance of every tensor that a block gives at every call, where two models' can be compared.
 
@@ -125,13 +105,13 @@ def _block_distances(mine: dict[str, list[_Call]], theirs: dict[str, list[_Call]
     """
     for name, calls in mine.items():
         known = theirs.get(name, [])
-        if [_shapes(call.outputs) for call in calls] != [_shapes(call.outputs) for call in known]:
+        if [shapes(call.outputs) for call in calls] != [shapes(call.outputs) for call in known]:
             continue
         for own, goal in zip(calls, known, strict=True):
             for x, y in zip(own.outputs, goal.outputs, strict=True):
                 if _is_finite(y):
                     beside = [z for z in goal.inputs if z.device == y.device and _is_finite(z)]
-                    yield _error(x, y, torch.stack([_variance(z) for z in (y, *beside)]).max())
+                    yield relative_error(x, y, torch.stack([variance_of(z) for z in (y, *beside)]).max())
 
 
 def in_single_precision(value: T) -> T:
@@ -159,31 +139,11 @@ def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
         yield found
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [x for x in tensors_in(outputs) if x.is_floating_point()]
-
-
 def _comparable(outputs: Any) -> list[Tensor]:
     """Those that have numbers at places; tensors inside a transformation of functions are none of ours."""
-    plain = [x for x in _tensors(outputs) if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    plain = [x for x in floating_tensors(outputs) if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
     return [x for x in plain if x.layout == torch.strided and not x.is_nested and x.numel()]
 
 
 def _is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
-
-
-def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
-    return [x.shape for x in tensors]
-
-
-def _error(x: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
-    return (x.float() - wanted.float()).square().mean() / variance
-
-
-def _variance(x: Tensor) -> Tensor:
-    """The variance of numbers, or their mean square where they are all the same, and 1 where that is 0."""
-    x = x.detach().float()
-    variance, power = (x - x.mean()).square().mean(), x.square().mean()
-    scale = torch.where(variance > 1e-10 * power, variance, power)
-    return torch.where(scale < torch.finfo(x.dtype).tiny, 1.0, scale)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sgfx
-from passes.calibration.budget import GRID, _halves, allocate, error_curve, settle
+from passes.calibration.budget.allocation import allocate, settle
+from passes.calibration.budget.error_curves import GRID, _halves, error_curve
+from passes.calibration.budget.judging import held_out_error
+from passes.calibration.budget.spending import best_part
 from passes.calibration.data import parted, read_examples
 from passes.calibration.layer_solver import Sample
 from passes.compression.grouping import Groups
 from passes.compression.pruning import truncate
-from sgfx.budgets import _best_part
-from sgfx.calibrating import held_out_error
 from tests.passes.calibration.test_calibrating_regions import Residual, images, made
 from tests.sgfx.test_calibrate import Untraceable, error
 
@@ -181,16 +182,16 @@ def test_layers_outside_every_traced_part_need_a_ratio():
 @pytest.mark.parametrize(
     ("errors", "best", "tried"),
     [
-        ([0.3, 0.2, 0.1], 0.0, [1.0, 0.5, 0.0, 0.0]),
-        ([0.3, 0.2, 0.25], 0.5, [1.0, 0.5, 0.0, 0.5]),
-        ([0.2, 0.3, 0.1], 1.0, [1.0, 0.5, 1.0]),
-        ([float("nan")], 1.0, [1.0, 1.0]),
+        ([0.3, 0.2, 0.1], 0.0, [1.0, 0.5, 0.0]),
+        ([0.3, 0.2, 0.25], 0.5, [1.0, 0.5, 0.0]),
+        ([0.2, 0.3, 0.1], 1.0, [1.0, 0.5]),
+        ([float("nan")], 1.0, [1.0]),
     ],
     ids=str,
 )
 def test_whole_networks_are_tried_as_long_as_they_get_better(errors, best, tried):
     found, left_over = [], iter(errors)
-    assert _best_part(found.append, lambda: next(left_over)) == best
+    assert best_part(lambda part: found.append(part) or next(left_over)) == best
     assert found == tried
 
 
@@ -199,11 +200,11 @@ def test_the_ratios_are_those_of_the_network_that_is_judged_best(monkeypatch, ev
     """Where the judge wants even ratios they are as even as truncation allows, and cost the same."""
     ratios = []
 
-    def judge(dense, small, batches, leaves):
+    def judge(dense, small, batches, leaves, progress):
         ratios.append([plan.achieved_ratio for plan in sgfx.plans(small).values() if plan.grouped])
         return float(np.std(ratios[-1])) * (1 if even else -1)
 
-    monkeypatch.setattr("sgfx.compiler.held_out_error", judge)
+    monkeypatch.setattr("passes.calibration.budget.spending.held_out_error", judge)
     small = sgfx.compile(DENSE, groups=4, budget={"macs": 0.5}, calibration=images(64))
     found = [plan.achieved_ratio for plan in sgfx.plans(small).values() if plan.grouped]
     assert found == ratios[-1 if even else 0]
@@ -231,7 +232,7 @@ def error_over_variance(y, wanted) -> float:
 
 def test_outputs_that_can_not_be_compared_leave_the_ratios_of_the_curves(monkeypatch):
     tried = []
-    monkeypatch.setattr("sgfx.calibrating.distance", lambda *_: tried.append(1) or refuse())
+    monkeypatch.setattr("passes.calibration.budget.judging.distance", lambda *_: tried.append(1) or refuse())
 
     def refuse():
         raise sgfx.InputError("other shapes")

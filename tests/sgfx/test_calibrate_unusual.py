@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import sgfx
-from sgfx.budgets import SCANNED, TRIALS, _raise_limit
+from passes.calibration.budget.spending import SCANNED, TRIALS, best_limit
+from sgfx.budgets import warn_of_missed
 from tests.passes.calibration.test_calibrating_regions import images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
@@ -190,10 +191,19 @@ def test_a_budget_that_elimination_makes_jump_is_found():
 
 
 def test_a_budget_that_can_not_be_met_is_said():
-    allotted: list[float] = []
+    tried: list[float] = []
+    limit, missed = best_limit(1.0, 2.0, lambda limit: tried.append(limit) or -0.05)
+    assert (limit, missed) == (1.0, 0.05)
+    assert len(tried) == TRIALS + SCANNED
     with pytest.warns(UserWarning, match=r"the budget is missed by 5\.0 % of the total"):
-        _raise_limit(allotted.append, 1.0, 2.0, lambda: -0.05)
-    assert len(allotted) == TRIALS + SCANNED + 1
+        warn_of_missed(missed)
+
+
+def test_the_limit_that_comes_nearest_is_taken():
+    """What is over grows with the limit, but for a jump: 1.3 is met but for 0.03 of it."""
+    limit, missed = best_limit(1.0, 2.0, lambda limit: (limit - 1.3) / 10 + (0.003 if limit > 1.2 else -0.003))
+    assert abs(limit - 1.27) < 0.02
+    assert missed == 0.0
 
 
 class Scaled(nn.Conv2d):

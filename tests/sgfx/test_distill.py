@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import sgfx
+from passes.calibration.output_distance import distance
 from passes.layers.channel_cut import cuts
 from sgfx.training.drawing import varied
-from sgfx.training.teacher import BLOCKS, distance
+from sgfx.training.teacher import BLOCKS
 from tests.passes.calibration.test_calibrating_regions import Difference, Residual, images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 from tests.sgfx.test_teaching import Halves

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import sgfx
-from sgfx.training.teacher import BLOCKS, Teacher, distance
+from passes.calibration.output_distance import distance
+from sgfx.training.teacher import BLOCKS, Teacher
 
 
 def test_the_loss_is_the_error_over_the_variance():

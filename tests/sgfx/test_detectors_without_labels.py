@@ -9,10 +9,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import sgfx
 from passes.calibration.data import read_examples
+from passes.calibration.output_distance import distance
 from sgfx.reporting.counting import count_macs
 from sgfx.training.detector_teacher import PROPOSALS, DetectorTeacher
 from sgfx.training.drawing import Examples
-from sgfx.training.teacher import distance
 from tests.sgfx.test_training import same_weights
 from tests.tools.detection import images_with_boxes, tiny_detector
 

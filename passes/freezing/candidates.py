@@ -75,7 +75,7 @@ def choose_layer(
     Args:
         recipe: the layer and what is fused into it.
         inputs: what it reads, and what it adds.
-        strategy: see `choose`.
+        strategy: forces the library, or the kernel where it can compute the layer; None to measure.
         given: the decision to take as it is, or None.
         stopwatch: measures what is not given.
     """

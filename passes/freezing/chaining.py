@@ -79,13 +79,13 @@ def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:
     inputs = list(dict.fromkeys(tensor for tensor in tensors.values() if tensor not in layers))
     numbers = {tensor: index for index, tensor in enumerate((*inputs, *layers))}
     wires = _wires(layers, steps, {node: numbers[tensor] for node, tensor in tensors.items()})
-    outside = {node for node in run if any(user not in run for user in node.users)}
+    outside = [node for node in run if any(user not in run for user in node.users)]
     outputs = [index for index, node in enumerate(layers) if node in outside]
     packed: Any = [graph.get_submodule(str(node.target)) for node in layers]
     graph.add_submodule(name, PackedChain(packed, wires, outputs))
     with graph.graph.inserting_after(run[-1]):
         whole = graph.graph.call_module(name, tuple(inputs))
-    for node in outside:
+    for node in reversed(outside):  # each is put right behind the chain, so that they stand in order
         with graph.graph.inserting_after(whole):
             result = _result(graph.graph, node, whole, [layers[index] for index in outputs])
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in run)

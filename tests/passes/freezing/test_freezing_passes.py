@@ -1,9 +1,11 @@
 """Freezing as a list of passes: what each asks for and finds wrong with its result, and lists without some of them."""
 
+import operator
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import sgfx
 from passes.errors import PassError
@@ -139,3 +141,23 @@ def test_a_recipe_in_the_whole_is_found(small):
     layer = next(module for module in small.modules() if isinstance(module, Grouped))
     form.model.add_module("left", Recipe(layer, "conv1"))
     assert Forming(()).check(compilation) == "layer 'conv1' can't be run"
+
+
+@needs_kernel
+def test_the_results_of_a_chain_are_taken_in_their_order():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(6)])
+            self.last = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")  # which the library computes
+
+        def forward(self, x):
+            found = []
+            for conv in self.convs:
+                x = conv(x)
+                found.append(x)
+            return [self.last(each) for each in found]
+
+    frozen = sgfx.freeze(Several().eval(), IMAGES, strategy="kernel")
+    taken = [node.args[1] for node in frozen.graph.nodes if node.target is operator.getitem]
+    assert taken == [0, 1, 2, 3, 4, 5]

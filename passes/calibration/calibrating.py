@@ -1,19 +1,26 @@
 """Calibration as passes: what the norms see of the examples, and the kept weights of all regrouped layers solved again.
 
-The model is worked on in a copy, region by region in the order in which they run (`pairing`), and is changed last.
+The model is worked on in a copy, region by region in the order in which they run (`pairing.py`), and is changed last.
+Both graphs of a region are walked in step (`paired_walk.py`), and each regrouped layer is solved in its turn, in closed
+form (`layer_solver.py`), for what is sampled there (`sampling.py`). A layer without a bias gets one in the running mean
+of the norm behind it. No other statistic is touched: the output of a least-squares fit has less variance than its
+target, and a norm that restored it would only amplify the error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from passes.calibration.calibrate import calibrate_region
 from passes.calibration.data import EXAMPLES, Arguments
 from passes.calibration.foreign_data import SeenNorm, seen_by_norms
+from passes.calibration.layer_solver import resolve
+from passes.calibration.paired_walk import Pair, Walk
 from passes.calibration.pairing import walkable_regions
+from passes.calibration.sampling import followers_at, overflow, sample_at
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.progress import Progress, silent
 from passes.infra.random_state import own_random_state
@@ -101,6 +108,65 @@ def solved(
             holder, _, leaf = join(path, name).rpartition(".")
             getattr(work.get_submodule(holder), leaf).detach().copy_(value)  # the graphs' buffers are copies
     return changed
+
+
+def calibrate_region(
+    dense: fx.GraphModule,
+    small: fx.GraphModule,
+    batches: Sequence[Pair],
+    path: str = "",
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
+    """Re-solve all regrouped layers of one traced part, in place in `small`.
+
+    Args:
+        dense: the eval graph of the dense model.
+        small: the eval graph of the compressed one.
+        batches: the arguments of every batch, for the dense and for the compressed graph.
+        path: of the part in the model, for messages.
+        tick: called after each layer.
+
+    Returns:
+        What has changed: new values of parameters and buffers, by their names in `small`. A layer that reads nothing,
+        as where a detector finds nothing, keeps its own.
+
+    Raises:
+        InputError: the graphs differ, the batches do not fit, or a layer yields NaN, infinite or far too large values.
+    """
+    changed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        walk = Walk(dense, small, batches, path)
+        for stop in walk.stops():
+            changed |= _solved(walk, stop)
+            tick()
+    return changed
+
+
+def _solved(walk: Walk, stop: fx.Node) -> dict[str, Tensor]:
+    """Re-solve the layer at `stop`, in place."""
+    layer: Any = walk.module(stop)
+    around = followers_at(walk, stop)
+    norm: Any = None if around.norm is None else walk.module(around.norm)
+    sample = sample_at(walk, stop, around)
+    if not len(sample.wanted):
+        return {}
+    folded = norm is not None and layer.bias is None
+    weight, bias = resolve(layer, sample, intercept=folded or layer.bias is not None)
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise overflow(walk.name(stop))
+    changed = _written(layer, "weight", f"{stop.target}.weight", weight)
+    if layer.bias is not None:
+        changed |= _written(layer, "bias", f"{stop.target}.bias", bias)
+    elif around.norm is not None:
+        mean = norm.running_mean - bias.to(norm.running_mean.dtype)
+        changed |= _written(norm, "running_mean", f"{around.norm.target}.running_mean", mean)
+    return changed
+
+
+def _written(module: nn.Module, name: str, path: str, value: Tensor) -> dict[str, Tensor]:
+    tensor = getattr(module, name)
+    tensor.copy_(value)
+    return {path: tensor}
 
 
 def _write(model: nn.Module, changed: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from passes.tracing.operations import activation_of, is_sum, module_of, passes_o
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Followers:
     """What follows one call of a layer.
 
     Attributes:
@@ -32,7 +32,7 @@ class Surroundings:
     clipped: bool
 
 
-def surroundings(graph: fx.GraphModule, node: fx.Node) -> Surroundings:
+def followers_of(graph: fx.GraphModule, node: fx.Node) -> Followers:
     """Look at what follows the call `node` of a layer in `graph`, an eval graph."""
     norm = other = None
     last, reader = _only_reader(graph, node)
@@ -45,7 +45,7 @@ def surroundings(graph: fx.GraphModule, node: fx.Node) -> Surroundings:
             other = added[0]
             last, reader = _only_reader(graph, reader)
     clipped = reader is not None and activation_of(graph, reader) in ("relu", "relu6")
-    return Surroundings(norm, other, clipped)
+    return Followers(norm, other, clipped)
 
 
 def _any_in_place(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:

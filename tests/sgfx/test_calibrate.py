@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.calibration import calibrate as calibration
-from passes.calibration.followers import surroundings
+from passes.calibration import sampling
+from passes.calibration.followers import followers_of
 from tests.passes.calibration.test_calibrating_regions import Difference, Parts, Residual, images, made
 
 
@@ -99,7 +99,7 @@ def test_the_layer_before_a_sum_makes_up_for_the_other_branch(monkeypatch):
     dense = made(Sum())
     options = {"groups": 2, "ratio": 0.75, "overrides": {"other": {"ratio": 0.0}}, "calibration": images(16)}
     assert error(dense, sgfx.compile(dense, **options), images(16)) < 1e-4
-    monkeypatch.setattr(calibration, "surroundings", lambda *args: replace(surroundings(*args), other=None))
+    monkeypatch.setattr(sampling, "followers_of", lambda *args: replace(followers_of(*args), other=None))
     assert error(dense, sgfx.compile(dense, **options), images(16)) > 0.1
 
 

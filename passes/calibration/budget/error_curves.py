@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from passes.calibration.calibrate import overflow, sample_at, surroundings_at
 from passes.calibration.data import EXAMPLES
 from passes.calibration.layer_solver import Sample
 from passes.calibration.least_squares import factor, ridge, solve, solve_dual
 from passes.calibration.paired_walk import Walk
 from passes.calibration.pairing import walkable_regions
+from passes.calibration.sampling import followers_at, overflow, sample_at
 from passes.compression.grouping import GROUPS, Groups
 from passes.compression.lowering import lower
 from passes.compression.pruning import truncate
@@ -68,7 +68,7 @@ class ErrorCurves(Pass):
                 walk = Walk(theirs, mine, pairs, path)
                 for stop in walk.stops():
                     name = walk.name(stop)
-                    sample = sample_at(walk, stop, surroundings_at(walk, stop))
+                    sample = sample_at(walk, stop, followers_at(walk, stop))
                     tick()
                     if len(sample.wanted):
                         curves[name] = error_curve(walk.module(stop), sample, compilation[GROUPS][name])

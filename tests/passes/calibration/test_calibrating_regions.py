@@ -1,4 +1,4 @@
-"""The walk of two graphs in step, and what it knows of a layer's surroundings."""
+"""The walk of two graphs in step, and what it knows of follows a layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 import sgfx
-from passes.calibration import calibrate as calibration
-from passes.calibration.calibrate import calibrate_region
+from passes.calibration import sampling
+from passes.calibration.calibrating import calibrate_region
 from passes.calibration.data import read_examples
-from passes.calibration.followers import surroundings
+from passes.calibration.followers import followers_of
 from passes.calibration.paired_walk import Pair, Walk
 from passes.calibration.pairing import walkable_regions
 from passes.errors import InputError
@@ -79,9 +79,9 @@ def graphs(dense: nn.Module, small: nn.Module):
     return trace(dense).graphs["eval"], trace(copy.deepcopy(small)).graphs["eval"]
 
 
-def test_surroundings_of_each_layer():
+def test_followers_of_each_layer():
     graph = trace(Residual()).graphs["eval"]
-    found = {node.target: surroundings(graph, node) for node in graph.graph.nodes if node.op == "call_module"}
+    found = {node.target: followers_of(graph, node) for node in graph.graph.nodes if node.op == "call_module"}
     assert [(name, found[name].norm, found[name].clipped) for name in ("stem", "head")] == [
         ("stem", None, False),
         ("head", None, False),
@@ -107,7 +107,7 @@ def test_a_module_is_what_its_class_says_and_not_its_name():
 
     graph = trace(Named()).graphs["eval"]
     conv = next(node for node in graph.graph.nodes if node.target == "conv")
-    assert not surroundings(graph, conv).clipped
+    assert not followers_of(graph, conv).clipped
 
 
 def test_a_tensor_that_a_hook_sees_is_not_bent():
@@ -115,7 +115,7 @@ def test_a_tensor_that_a_hook_sees_is_not_bent():
     model.bn1.register_forward_hook(lambda *_: None)
     graph = trace(model).graphs["eval"]
     conv1 = next(node for node in graph.graph.nodes if node.target == "conv1")
-    assert surroundings(graph, conv1).norm is None
+    assert followers_of(graph, conv1).norm is None
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, partial(nn.BatchNorm2d, affine=False), FrozenBatchNorm2d])
@@ -152,7 +152,7 @@ def test_a_memory_limit_changes_nothing_but_the_way(monkeypatch):
     batches = [((x,), (x,)) for x in images().split(3)]
     free = calibrate_region(*graphs(dense, small), batches)
     for limit in (0, 20_000):
-        monkeypatch.setattr(calibration, "Walk", lambda *args, limit=limit: Walk(*args, limit=limit))
+        monkeypatch.setattr(sampling, "Walk", lambda *args, limit=limit: Walk(*args, limit=limit))
         tight = calibrate_region(*graphs(dense, small), batches)
         assert free.keys() == tight.keys()
         assert all(torch.equal(free[name], tight[name]) for name in free)
@@ -227,7 +227,7 @@ def test_a_choice_within_a_graph_is_seen():
     chosen = {str(stop.target): [held.chosen for held in walk.at(stop)] for stop in walk.stops()}
     assert chosen == {"before": [False, False], "head": [True, True]}
     stop = list(walk.stops())[1]
-    sample = calibration.sample_at(walk, stop, calibration.surroundings_at(walk, stop))
+    sample = sampling.sample_at(walk, stop, sampling.followers_at(walk, stop))
     torch.testing.assert_close(dense.head(sample.inputs), sample.wanted, rtol=0, atol=1e-12)  # of one network
 
 

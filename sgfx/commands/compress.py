@@ -11,9 +11,9 @@ from sgfx.commands.options import CompressOptions
 from sgfx.commands.parsing import parse
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from sgfx.data.loaders import Loaders
+    from sgfx.commands.kinds import AnyLoaders, Arguments
 
 HELP = "regroup a trained model, and train it on"
 Phases = list[tuple[str, float | None, list[dict[str, float]]]]
@@ -34,14 +34,15 @@ def compress(options: CompressOptions) -> None:
     """
     from passes.errors import InputError
     from passes.layers.plan import plans
-    from sgfx.commands.results import accuracies, plot, sizes, write_report
-    from sgfx.commands.run import open_folder, open_loaders, open_model, open_source
+    from sgfx.commands.kinds import KINDS
+    from sgfx.commands.results import plot, sizes, write_report
+    from sgfx.commands.run import open_folder, open_model
     from sgfx.training.recipes import recipe
 
     _check(options)
-    source = open_source(options)
-    loaders = open_loaders(options, source, 64 if options.recipe is None else recipe(options.recipe).batch_size)
-    model, example = open_model(options, loaders, source)
+    kind = KINDS[options.task]
+    loaders = kind.open(options, recipe(options.recipe or kind.baseline).batch_size)
+    model, inputs = open_model(options, loaders)
     if plans(model):
         raise InputError(
             f"--checkpoint {options.checkpoint} is compressed already: sgfx train --checkpoint … --head … trains it on"
@@ -49,19 +50,19 @@ def compress(options: CompressOptions) -> None:
     model.eval()
     folder, options = open_folder(options)
     phases: Phases = []
-    compression = _compression(options, loaders, example)
+    compression = _compression(options, loaders, inputs)
     if options.recipe is None:
         small = _without_training(options, folder, model, compression)
     else:
         small, phases = _by_recipe(options, folder, model, compression, loaders)
     loaders.report_unreadable()
     rows = {
-        name: accuracies(each, loaders.val, progress=options.progress) | sizes(each, example)
+        name: kind.results(each, loaders, progress=options.progress) | sizes(each, inputs)
         for name, each in (("dense", model), ("compressed", small))
     }
-    write_report(folder, rows, example, dense=model, small=small)
+    write_report(folder, rows, inputs, dense=model, small=small)
     if phases:
-        plot(folder, phases)
+        plot(folder, phases, kind.best)
 
 
 def _check(options: CompressOptions) -> None:
@@ -84,7 +85,7 @@ def _check(options: CompressOptions) -> None:
         raise InputError("--teacher is of training by a recipe: give --recipe too")
 
 
-def _compression(options: CompressOptions, loaders: Loaders, example: Tensor) -> dict[str, Any]:
+def _compression(options: CompressOptions, loaders: AnyLoaders, inputs: Arguments) -> dict[str, Any]:
     """The options of `sgfx.compile`."""
     budget = {k: v for k, v in asdict(options.budget).items() if v is not None}
     given: dict[str, Any] = {
@@ -98,12 +99,14 @@ def _compression(options: CompressOptions, loaders: Loaders, example: Tensor) ->
         "eliminate": options.eliminate or None,
     }
     if options.calibration:
-        given["calibration"] = [each.to(example.device) for each in loaders.unlabelled(options.calibration)]
+        given["calibration"] = loaders.unlabelled(options.calibration)
+    if options.task == "detection":  # what can't be traced whole is followed by a run
+        given["example_inputs"] = inputs
     return {k: v for k, v in given.items() if v is not None}
 
 
 def _by_recipe(
-    options: CompressOptions, folder: Path, model: nn.Module, compression: dict[str, Any], loaders: Loaders
+    options: CompressOptions, folder: Path, model: nn.Module, compression: dict[str, Any], loaders: AnyLoaders
 ) -> tuple[nn.Module, Phases]:
     """Compress and train; the recipe keeps everything in the folder."""
     from sgfx.commands.run import adjusted

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Print top-1 and top-5 on the validation images, parameters and MACs.
+    """Print what is measured on the validation images, parameters and MACs.
 
     Raises:
         InputError: (or ValueError) the folder holds no finished run, or the data don't fit.
@@ -27,8 +27,10 @@ def evaluate(options: EvaluateOptions) -> None:
     import json
 
     from passes.errors import InputError
-    from sgfx.commands.results import accuracies, results_table, sizes
-    from sgfx.commands.run import CONFIG, FINAL, load_weights, open_loaders, open_model, open_source, say
+    from sgfx.commands.kinds import KINDS
+    from sgfx.commands.models import own_device
+    from sgfx.commands.results import results_table, sizes
+    from sgfx.commands.run import CONFIG, FINAL, load_weights, open_model, say
 
     folder = Path(options.run)
     for name in (CONFIG, FINAL):
@@ -39,9 +41,9 @@ def evaluate(options: EvaluateOptions) -> None:
     run = replace(build(Common, values | {"out": str(folder)}), checkpoint=None, workers=options.workers)
     if options.data is not None:
         run = replace(run, data=options.data, download=None)
-    source = open_source(run)
-    loaders = open_loaders(run, source, options.batch_size or 64)
-    model, example = open_model(run, loaders, source)
+    kind = KINDS[run.task]
+    loaders = kind.open(run, options.batch_size or 64)
+    model, inputs = open_model(run, loaders)
     load_weights(model, folder / FINAL)
-    row = accuracies(model.to(example.device), loaders.val, progress=not options.json) | sizes(model, example)
+    row = kind.results(model.to(own_device()), loaders, progress=not options.json) | sizes(model, inputs)
     say(json.dumps(row, indent=2) if options.json else results_table({str(folder): row}))

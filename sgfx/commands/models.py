@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -46,12 +47,14 @@ def make_model(name: str, options: Mapping[str, Any], seed: int = 0) -> nn.Modul
 
 
 def _named(name: str, options: Mapping[str, Any]) -> nn.Module:
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model, get_model_builder, list_models
 
     if name in models_zoo.list():
         return models_zoo.create(name, **options)
     if name in list_models():
-        made: nn.Module = get_model(name, weights=None, **options)
+        known = inspect.signature(get_model_builder(name)).parameters
+        own = {key: None for key in ("weights", "weights_backbone") if key in known}  # or torchvision would download
+        made: nn.Module = get_model(name, **{**own, **options})
         return made
     names = [*models_zoo.list(), *list_models()]
     has_timm = find_spec("timm") is not None

@@ -25,8 +25,9 @@ class Common:
     """The model, the data, and where the run is kept."""
 
     model: str = required("a name of models_zoo, torchvision or timm, or package.module:function")
-    data: str = required("a folder (train/ and val/ or test/; CIFAR; CUB-200), or digits or synthetic")
+    data: str = required("a folder (train/ and val/ or test/; CIFAR; CUB-200; COCO's), or digits or synthetic")
     out: str = required("the folder of the run; the same command goes on with what is in it")
+    task: Literal["classification", "detection"] = option("classification", "what the model does")
     model_options: dict[str, Any] = option(dict, "passed to the model's builder, as --model_options.num_classes 100")
     checkpoint: str | None = option(None, "trained weights: a state dict of torch.save, safetensors, or of sgfx.save")
     head: int | None = option(None, "put a new last linear layer for so many classes on the trained weights")
@@ -63,7 +64,7 @@ class Common:
 class TrainOptions(Common):
     """`sgfx train`."""
 
-    recipe: str = option("cifar-baseline", "where what isn't given comes from: cifar-baseline")
+    recipe: str | None = option(None, "where what isn't given comes from: cifar-baseline, or detection-baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,9 @@ class Distill:
 class CompressOptions(Common):
     """`sgfx compress`."""
 
-    recipe: str | None = option(None, "cifar-global, cifar-local-global, imagenet-global, …; by default no training")
+    recipe: str | None = option(
+        None, "cifar-global, cifar-local-global, imagenet-global, detection-global, …; by default no training"
+    )
     groups: int | None = option(None, "groups per layer; by default the recipe's, or 8")
     ratio: float | None = option(None, "share of each layer's connections that is pruned")
     linear_ratio: float | None = option(None, "the same for linear layers")

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import sgfx
+from sgfx.commands.kinds import Arguments
 from sgfx.commands.run import is_main, say
 from sgfx.files.writing import replacing
 from sgfx.reporting.counting import count_macs
-from sgfx.training.tasks.classification import TopMeter
 
 Row = Mapping[str, Any]
+NAMES = {"top1": "top-1", "map": "mAP"}
 
 
-def accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, progress: bool) -> dict[str, float]:
-    """Top-1, and top-5 where there are more than five classes, of a model in eval mode: shares in [0, 1]."""
-    device = next(model.parameters()).device
-    meter, mode = TopMeter(), model.training
-    model.eval()
-    with torch.inference_mode(), tqdm(batches, desc="evaluate", leave=False, disable=None if progress else True) as bar:
-        for inputs, targets in bar:
-            meter.update(model(inputs.to(device)).float(), targets.to(device))
-    model.train(mode)
-    return meter.results([meter.state()])
-
-
-def sizes(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Parameters and MACs per image."""
-    return {"params": sum(p.numel() for p in model.parameters()), "macs": count_macs(model, (example[:1],))[""]}
+def sizes(model: nn.Module, inputs: Arguments) -> dict[str, int]:
+    """Parameters, and MACs for one image."""
+    return {"params": sum(p.numel() for p in model.parameters()), "macs": count_macs(model, inputs)[""]}
 
 
 def write_report(
     folder: Path,
     rows: Mapping[str, Row],
-    example: Tensor,
+    inputs: Arguments,
     *,
     dense: nn.Module | None = None,
     small: nn.Module | None = None,
@@ -53,7 +40,7 @@ def write_report(
     content: dict[str, Any] = {"results": dict(rows)}
     text = table
     if dense is not None and small is not None:
-        layers = sgfx.report(dense, small, example[:1])
+        layers = sgfx.report(dense, small, inputs)
         text += f"\n\n{layers}"
         content["report"] = layers.to_dict()
     for name, written in (("report.txt", f"{text}\n"), ("report.json", json.dumps(content, indent=2))):
@@ -76,12 +63,13 @@ def _cell(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f}%"
 
 
-def plot(folder: Path, phases: Sequence[tuple[str, float | None, Sequence[Row]]]) -> None:
-    """Draw accuracy over epochs and, where it was pruned in steps, over what was pruned.
+def plot(folder: Path, phases: Sequence[tuple[str, float | None, Sequence[Row]]], best: str) -> None:
+    """Draw what is measured over epochs and, where it was pruned in steps, over what was pruned.
 
     Args:
         folder: of the run.
         phases: for each training its name, the share that was pruned then, and the rows of its epochs.
+        best: what is measured, by its name in the rows.
     """
     if not is_main():
         return
@@ -101,7 +89,7 @@ def plot(folder: Path, phases: Sequence[tuple[str, float | None, Sequence[Row]]]
             axes.plot(x, y, "o-", markersize=4, label=label)
         for each in marks or ():
             axes.axvline(each + 0.5, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=xlabel, ylabel="top-1")
+        axes.set(xlabel=xlabel, ylabel=NAMES[best])
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         if marks is None:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -115,13 +103,13 @@ def plot(folder: Path, phases: Sequence[tuple[str, float | None, Sequence[Row]]]
     rows = [row for _, _, each in phases for row in each]
     ends = [sum(len(each) for _, _, each in phases[: i + 1]) for i in range(len(phases) - 1)]
     lines = {}
-    for part, label in (("train_top1", "training images"), ("val_top1", "validation images")):
+    for part, label in ((f"train_{best}", "training images"), (f"val_{best}", "validation images")):
         points = [(epoch, row[part]) for epoch, row in enumerate(rows, 1) if row.get(part) is not None]
         if points:
             lines[label] = ([float(x) for x, _ in points], [y for _, y in points])
     if lines:
         picture("accuracy_epochs.png", "epoch", lines, ends)
-    steps = [(pruned, each[-1]["val_top1"]) for _, pruned, each in phases if pruned is not None and each]
+    steps = [(pruned, each[-1][f"val_{best}"]) for _, pruned, each in phases if pruned is not None and each]
     if steps:
         x, y = [pruned for pruned, _ in steps], [top1 for _, top1 in steps]
         picture("accuracy_steps.png", "connections pruned", {"validation images, after each step": (x, y)}, None)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import models_zoo
 from passes.errors import InputError
-from sgfx.commands.heads import replace_head
-from sgfx.commands.models import check_fit, check_takes, make_model, own_device
+from sgfx.commands.kinds import KINDS, AnyLoaders, Arguments
+from sgfx.commands.models import make_model, own_device
 from sgfx.commands.options import Common, CompressOptions
 from sgfx.commands.parsing import read_config, write_config
-from sgfx.data.loaders import Loaders
-from sgfx.data.normalization import normalization
-from sgfx.data.sources import MADE, Source, open_data
+from sgfx.data.sources import MADE
 from sgfx.files.container import holds_compiled
 from sgfx.files.files import load
 from sgfx.files.writing import replacing
@@ -59,7 +57,7 @@ def open_folder(options: C) -> tuple[Path, C]:
     values = {k: _plain(v) for k, v in asdict(options).items() if k not in UNRELATED}
     config = folder / CONFIG
     if config.exists():
-        before = read_config(config)
+        before = _defaults(values) | read_config(config)
         if differences := _differences(before, values):
             raise InputError(
                 f"{folder} holds a run with other options ({'; '.join(differences)}): give another --out, or the "
@@ -72,6 +70,11 @@ def open_folder(options: C) -> tuple[Path, C]:
         with replacing(config) as temporary:
             temporary.write_text(write_config(values), encoding="utf-8")
     return folder, options
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options, which are in no file of before they came."""
+    return {each.name: each.default for each in fields(Common) if each.name in values and each.default is not MISSING}
 
 
 def _whole_paths(options: Common) -> dict[str, Any]:
@@ -96,26 +99,8 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name} was {before}, and is {now}"]
 
 
-def open_source(options: Common) -> Source:
-    """The data set."""
-    return open_data(options.data, download=options.download, size=options.image_size)
-
-
-def open_loaders(options: Common, source: Source, batch_size: int) -> Loaders:
-    """Its batches."""
-    return Loaders(
-        source,
-        normalization=None if options.normalization is None else normalization(options.normalization),
-        size=options.image_size,
-        batch_size=options.batch_size or batch_size,
-        workers=min(4, os.cpu_count() or 1) if options.workers is None else options.workers,
-        mixup=options.mixup,
-        cutmix=options.cutmix,
-    )
-
-
-def open_model(options: Common, loaders: Loaders, source: Source) -> tuple[nn.Module, Tensor]:
-    """The dense model, with its weights, on the device, and one image for it.
+def open_model(options: Common, loaders: AnyLoaders) -> tuple[nn.Module, Arguments]:
+    """The dense model, with its weights, on the device, and what it is called with for one image.
 
     Raises:
         InputError: (or ValueError) it can't be made, the checkpoint is another model's, or the data don't fit.
@@ -123,15 +108,10 @@ def open_model(options: Common, loaders: Loaders, source: Source) -> tuple[nn.Mo
     model = make_model(options.model, options.model_options, options.seed)
     if options.checkpoint is not None:
         load_weights(model, Path(options.checkpoint))
-    device = own_device()
-    inputs = loaders.example.to(device)
+    device, kind = own_device(), KINDS[options.task]
     model.to(device)
-    if options.head is not None:
-        check_takes(model, inputs, options.model)
-        torch.manual_seed(options.seed)
-        replace_head(model, inputs, options.head)
-    check_fit(model, inputs, len(source.classes), options.model)
-    return model, inputs
+    kind.check(model, loaders, options)
+    return model, kind.inputs(loaders, device)
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -142,14 +122,14 @@ def load_weights(model: nn.Module, file: Path) -> None:
         models_zoo.load_checkpoint(model, file)
 
 
-def adjusted(options: Common, name: str, loaders: Loaders) -> Recipe:
+def adjusted(options: Common, name: str, loaders: AnyLoaders) -> Recipe:
     """The recipe, with what was given in place of what it says.
 
     Raises:
         InputError: there is none of that name, or a value is out of range.
     """
     found = recipe(name)
-    every = {"transform": loaders.augmentation, **{k: getattr(options, k) for k in ALL}}
+    every = {"task": options.task, "transform": loaders.augmentation, **{k: getattr(options, k) for k in ALL}}
     last = _phase(found.last, {k: getattr(options, k) for k in LAST})
     last = replace(last, options={**every, **{k: getattr(options, k) for k in ONCE}})
     local, step = found.local, found.step

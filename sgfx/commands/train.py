@@ -24,22 +24,23 @@ def train(options: TrainOptions) -> None:
         InputError: (or ValueError) an option, the data or the folder can't be taken.
     """
     from passes.errors import InputError
-    from sgfx.commands.results import accuracies, plot, sizes, write_report
-    from sgfx.commands.run import adjusted, open_folder, open_loaders, open_model, open_source
+    from sgfx.commands.kinds import KINDS
+    from sgfx.commands.results import plot, sizes, write_report
+    from sgfx.commands.run import adjusted, open_folder, open_model
     from sgfx.training.recipes import recipe
 
-    found = recipe(options.recipe)
+    kind = KINDS[options.task]
+    found = recipe(options.recipe or kind.baseline)
     if found.compresses:
         raise InputError(f"recipe {found.name!r} compresses: it is for sgfx compress")
-    source = open_source(options)
-    loaders = open_loaders(options, source, found.batch_size)
-    model, example = open_model(options, loaders, source)
-    run = adjusted(options, options.recipe, loaders)
+    loaders = kind.open(options, found.batch_size)
+    model, inputs = open_model(options, loaders)
+    run = adjusted(options, found.name, loaders)
     folder, options = open_folder(options)
     outcome = run.run(
         model, loaders.train, loaders.val, folder=folder, resume=True, seed=options.seed, progress=options.progress
     )
     loaders.report_unreadable()
-    rows = {"trained": accuracies(model, loaders.val, progress=options.progress) | sizes(model, example)}
-    write_report(folder, rows, example)
-    plot(folder, [("training", None, [record.row() for record in outcome.history.epochs])])
+    rows = {"trained": kind.results(model, loaders, progress=options.progress) | sizes(model, inputs)}
+    write_report(folder, rows, inputs)
+    plot(folder, [("training", None, [record.row() for record in outcome.history.epochs])], kind.best)

@@ -154,6 +154,7 @@ class DetectionLoaders:
 
     Attributes:
         augmentation: what the trainer does with a batch: nothing, images are mirrored as they are read.
+        classes: names of the labels 1, 2, …
 
     Raises:
         InputError: a batch can't be divided among the processes.
@@ -167,6 +168,7 @@ class DetectionLoaders:
         if batch_size < 1 or batch_size % processes:
             raise InputError(f"batch_size={batch_size} can't be divided among {processes} processes")
         self._source, self._share, self._workers = source, batch_size // processes, workers
+        self.classes = source.classes
 
     @property
     def train(self) -> DataLoader[Example]:

@@ -71,6 +71,7 @@ class Loaders:
     Attributes:
         augmentation: the `transform` of `sgfx.Trainer` that belongs to `train`.
         val: batches of validation images, normalised.
+        classes: names of the classes.
 
     Raises:
         InputError: a batch can't be divided among the processes.
@@ -88,7 +89,7 @@ class Loaders:
         cutmix: float = 0.0,
     ) -> None:
         """Make loaders; see the class."""
-        self._source, self._workers = source, workers
+        self._source, self._workers, self.classes = source, workers, source.classes
         self._normalization = normalization or source.normalization
         self._size = size or CROP
         processes = int(os.environ.get("WORLD_SIZE", "1"))

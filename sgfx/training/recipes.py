@@ -1,4 +1,4 @@
-"""The schedules of the paper by name: how a model is compressed and trained, as plain data that can be changed.
+"""Schedules by name, the paper's and those of detectors: how a model is compressed and trained, as plain data.
 
 A recipe prunes at once, or step by step with a little training after each step (local), lowers the model, and trains
 it (global). ``dataclasses.replace`` makes another one of it::
@@ -25,7 +25,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -184,6 +184,7 @@ class Recipe:
 
 _CIFAR = Phase(epochs=200, lr=0.01, schedule=(100, 150))
 _IMAGENET = Phase(epochs=90, lr=0.01, schedule=(30, 60))
+_DETECTOR = Phase(epochs=26, lr=0.005, schedule=(16, 22), options={"task": "detection"})
 _RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -192,6 +193,8 @@ _RECIPES = {
         Recipe("cifar-global", 64, 8, None, None, _CIFAR),
         Recipe("imagenet-local-global", 128, 16, 0.1, Phase(20, lr=0.0001), _IMAGENET),
         Recipe("imagenet-global", 128, 16, None, None, _IMAGENET),
+        Recipe("detection-baseline", 4, 16, None, None, _DETECTOR, compresses=False),
+        Recipe("detection-global", 4, 16, None, None, replace(_DETECTOR, epochs=7, schedule=(4, 6))),
     )
 }
 

@@ -91,7 +91,7 @@ def _entries(images: Sequence[Mapping[str, Boxes]], part: str) -> Iterator[dict[
     """The boxes of one part as COCO writes them."""
     number = 0
     for place, image in enumerate(images):
-        boxes = {name: values.tolist() for name, values in image[part].items()}
+        boxes = {name: values.tolist() for name, values in _tensors(image[part], (*FOUND, *TRUE)).items()}
         for row, (x1, y1, x2, y2) in enumerate(boxes["boxes"]):
             number += 1
             entry = {"id": number, "image_id": place, "category_id": boxes["labels"][row], "iscrowd": 0}

@@ -34,10 +34,12 @@ class Placing(Pass):
         """What a packed layer writes has the margins that those who read it are told."""
         packed = packed_calls(graph_of(compilation))
         for node, layer in packed.items():
-            for user in (user for user in node.users if user in packed):
-                placement = packed[user].form.placement
-                told = [placement.reads] * (user.args[0] is node) + [placement.adds] * (node in user.args[1:])
-                if any(margins != layer.form.placement.writes for margins in told):
+            written = layer.form.placement.writes
+            for user in node.users:
+                placement = packed[user].form.placement if user in packed else None
+                reads_wrongly = placement is not None and user.args[0] is node and placement.reads != written
+                adds_wrongly = placement is not None and node in user.args[1:] and placement.adds != written
+                if reads_wrongly or adds_wrongly:
                     return f"{user.name} reads {node.name} with other margins than it is written with"
         return None
 

@@ -39,6 +39,29 @@ def test_a_model_of_several_regions_stays_of_its_class():
     assert error(frozen, small, IMAGES) < 1e-5
 
 
+def test_layers_with_code_of_their_own_outside_every_region_are_run_as_they_are():
+    class Doubling(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x) + 1
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.own = nn.Conv2d(8, 8, 1), Doubling(8, 8, 1)
+
+        def forward(self, images):
+            return torch.cat([self.own(self.conv(image[None])) for image in images])
+
+    torch.manual_seed(0)
+    images = torch.rand(3, 8, 5, 5)
+    small = sgfx.compile(Loop().eval(), groups=2, ratio=0.5, overrides={"conv": {}}, example_inputs=images)
+    assert sgfx.plans(small)["own"].grouped
+    frozen = sgfx.freeze(small, images)
+    assert error(frozen, small, images) < 1e-5
+    assert list(frozen.decisions.layers) == ["conv"]
+    assert "which is run as it is" in frozen.decisions.unfused["own"]
+
+
 @needs_kernel
 def test_regrouped_layers_outside_every_region_are_frozen_alone():
     class Loop(nn.Module):

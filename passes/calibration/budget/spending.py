@@ -152,8 +152,9 @@ class _Allotment:
         even = 1 - min(1.0, limit / max(sum(self.prices), 1.0))
         wished = [even + part * (ratio - even) for ratio in ratios]
         settled = settle(wished, self.groups, self.prices, limit)
-        given = {path: replace(self.targets[path], ratio=r) for path, r in zip(self.free, settled, strict=True)}
-        return self.targets | given
+        return self.targets | {
+            path: replace(self.targets[path], ratio=ratio) for path, ratio in zip(self.free, settled, strict=True)
+        }
 
 
 def _allotment(compilation: Compilation) -> _Allotment:
@@ -164,9 +165,9 @@ def _allotment(compilation: Compilation) -> _Allotment:
     """
     budget, found, curves = compilation[BUDGET], compilation[GROUPS], compilation[CURVES]
     targets = dict(compilation[TARGETS])
-    costs = {path: float(cost) for path, cost in budget.count(compilation.model).items() if path in targets or not path}
-    total = costs.pop("")
-    free = [p for p in targets if _is_free(p, compilation.model.get_submodule(p), compilation[SETTINGS])]
+    model, settings, counted = compilation.model, compilation[SETTINGS], budget.count(compilation.model)
+    total, costs = float(counted[""]), {path: float(counted[path]) for path in targets}
+    free = [path for path in targets if _is_free(path, model.get_submodule(path), settings)]
     unknown = [path for path in free if path not in curves]
     if unknown:
         raise InputError(

@@ -1,19 +1,20 @@
 """Selection: which layers will be regrouped, with what groups and ratio, and why the others are left alone.
 
 A layer stays as it is, with the first of these reasons that holds:
- 1. it was compiled before, or is masked by a `Pruner`;
- 2. it is matched by `ignore`;
- 3. it lies inside a module that reads its parameters itself (`nn.MultiheadAttention`);
+ 1. it is matched by `ignore`;
+ 2. it lies inside a module that reads its parameters itself (`nn.MultiheadAttention`);
+ 3. it is masked by a `Pruner`, parametrized or transposed;
  4. its type is neither a torch layer class nor a subclass that puts its weight as it is into one call of that kind
-    (`tracing.opening`, `tracing.probing`), it was changed (`as_torch_made_it`), or its weight is not a plain parameter
-    of its own (parametrized, weight-normed, shared with another module or read by another operation);
- 5. it is transposed, depthwise or already grouped;
- 6. nothing calls it in any mode; or it lies outside every traced region, and no run has shown that its own call alone
+    (`tracing.opening`, `tracing.probing`), it was changed (`as_torch_made_it`), or its weight is not a plain
+    floating-point parameter of the layer's shape; it is depthwise or already grouped;
+ 5. a parameter of it is not its own (shared with another module, read by another operation, held elsewhere too), or
+    nothing calls it in any mode; or it lies outside every traced region, and no run has shown that its own call alone
     uses its parameters;
- 7. it is the first convolution in order of execution, or has fewer than 4 filters or 4 inputs. An exact name in
+ 6. it is the first convolution in order of execution, or has fewer than 4 filters or 4 inputs. An exact name in
     `overrides` lifts this rule.
 
-Naming a layer in `overrides` that rules 1 to 6 leave alone is an error.
+Naming a layer in `overrides` that rules 2 to 5 leave alone is an error. Grouped layers, of a model that was compiled
+before, are not looked at.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ REASONS = Fact[dict[str, str]]("reasons")  # why each other layer is left alone,
 
 
 def obstacle(path: str, layer: nn.Module, usage: Usage) -> str | None:
-    """Say why a layer can't be regrouped at all (rules 1 and 3 to 6), or None if it can."""
+    """Say why a layer can't be regrouped at all (rules 2 to 5), or None if it can."""
     if not path:
         return "the model is a layer itself: wrap it in nn.Sequential"
     around = usage.called_around(path)
@@ -133,7 +134,7 @@ def _small(layer: nn.Module) -> str | None:
 
 
 def _exempt(path: str, layer: nn.Module, usage: Usage) -> str | None:
-    """Rule 7: why a layer is left alone unless it is named."""
+    """Rule 6: why a layer is left alone unless it is named."""
     return "first convolution" if path in usage.first_convolutions else _small(layer)
 
 

@@ -27,15 +27,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
 from passes.errors import InputError
-from sgfx.pruner import Step
 from sgfx.training.history import History
 from sgfx.training.loading import Data
 from sgfx.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from sgfx.pruner import Step
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from numbers import Real
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from passes.calibration.budget.spending import Budget
 from passes.calibration.data import Arguments
 from passes.errors import InputError
 from passes.layers.geometry import is_layer
-from passes.options.ranges import meant_as_share
+from passes.options.ranges import checked_number, meant_as_share
 from sgfx.reporting.counting import count_macs
 
 MEASURES = ("macs", "params")
@@ -28,13 +27,8 @@ def checked_budget(budget: object) -> tuple[str, float]:
             f"budget must have exactly one of the keys 'macs' and 'params', not {sorted(map(str, budget))}"
         )
     ((measure, share),) = budget.items()
-    if isinstance(share, bool) or not isinstance(share, Real):
-        raise TypeError(f"budget[{measure!r}] must be a number in (0, 1], not {share!r}")
-    if not 0 < float(share) <= 1:
-        raise InputError(
-            f"budget[{measure!r}] is the share that remains and must lie in (0, 1], not {share}{meant_as_share(share)}"
-        )
-    return measure, float(share)
+    said = f": it is the share that remains{meant_as_share(share)}"
+    return measure, checked_number(share, f"budget[{measure!r}]", above=0, most=1, hint=said)
 
 
 def budget_of(measure: str, share: float, inputs: Arguments, *, eliminating: bool) -> Budget:

@@ -93,11 +93,6 @@ def example_count(given: Arguments) -> int:
     return len(given[0]) if isinstance(given[0], Tensor | list | tuple) else 1
 
 
-def shapes_of(value: object) -> str:
-    """The shapes of all tensors in a value, for messages."""
-    return ", ".join(str(list(x.shape)) for x in tensors_in(value)) or "without tensors"
-
-
 def _required_inputs(model: nn.Module) -> int:
     """How many inputs the forward of a model can't do without, at least 1."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.calibration.data import shapes_of
 from passes.errors import InputError
-from passes.models.values import tensors_in
+from passes.models.values import shapes_of, tensors_in
 
 
 def distance(outputs: Any, wanted: Any) -> Tensor:

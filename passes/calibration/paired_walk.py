@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
-from passes.calibration.data import Arguments, shapes_of, single_image
+from passes.calibration.data import Arguments, single_image
 from passes.calibration.value_choices import WatchForChoices
 from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs
-from passes.models.values import tensors_in
+from passes.models.values import shapes_of, tensors_in
 from passes.tracing.interpreter import Interpreter
 from passes.tracing.mutation import works_in_place
 from passes.tracing.operations import module_of

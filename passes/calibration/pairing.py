@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.calibration.data import Arguments, shapes_of, single_image
+from passes.calibration.data import Arguments, single_image
 from passes.calibration.paired_walk import Pair
 from passes.calibration.splitting import split
 from passes.calibration.value_choices import WatchForChoices
 from passes.errors import InputError, let_memory_errors_pass
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import leaves, tensors_in
+from passes.models.values import leaves, shapes_of, tensors_in
 from passes.options.arguments import call
 from passes.tracing.regions import find_regions
 from passes.tracing.trace import Region
@@ -151,7 +151,11 @@ def _tapped(model: nn.Module, paths: list[str], note: Callable[[str, Arguments],
 
     def hook_for(path: str) -> Callable[[nn.Module, Arguments, dict[str, Any]], None]:
         signature = inspect.signature(model.get_submodule(path).forward)
-        return lambda _, args, kwargs: (note(path, signature.bind(*args, **kwargs).args), None)[1]
+
+        def hook(module: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> None:
+            note(path, signature.bind(*args, **kwargs).args)
+
+        return hook
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook_for(path), with_kwargs=True) for path in paths]
     try:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from passes.calibration.data import shapes_of
 from passes.errors import InputError, let_memory_errors_pass
 from passes.freezing.asking import ORIGINAL
 from passes.freezing.decisions import LayerDecision
@@ -26,7 +25,7 @@ from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.random_state import seed_all
 from passes.models.comparing import difference, kinds
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import Plain, comparable, tensors_in
+from passes.models.values import Plain, comparable, shapes_of, tensors_in
 from passes.options.arguments import call
 from passes.options.settings import SETTINGS
 

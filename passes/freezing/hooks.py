@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
-from passes.calibration.data import shapes_of
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import seed_all
+from passes.layers.plain_weights import removal_of
 from passes.models.copying import copy_inputs, twins_of, unhooked_copy
 from passes.models.rebinding import held_by, rebound
-from passes.models.values import tensors_in
+from passes.models.values import shapes_of, tensors_in
 from passes.options.arguments import call
 from passes.tracing.tracer import has_global_hooks
 
@@ -65,11 +66,8 @@ def check_hooks(model: nn.Module, inputs: tuple[object, ...]) -> None:
 def check_weights(model: nn.Module) -> None:
     """Refuse layers whose weight is computed by a hook: it may be stale now, and a frozen model has no hooks."""
     for path, module in model.named_modules():
-        parametrized, layer = hasattr(module, "parametrizations"), isinstance(module, _ConvNd | nn.Linear)
-        computing = any(
-            type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
-        )
-        if computing or (layer and "weight" not in module._parameters and not parametrized):
+        parametrized, layer = is_parametrized(module), isinstance(module, _ConvNd | nn.Linear)
+        if removal_of(module) is not None or (layer and "weight" not in module._parameters and not parametrized):
             raise InputError(
                 f"the weight of layer {path!r} is computed by a hook (weight_norm, spectral_norm, prune): make it a "
                 "plain parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove)"

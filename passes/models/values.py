@@ -37,6 +37,11 @@ def tensors_in(value: object) -> list[Tensor]:
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
+def shapes_of(value: object) -> str:
+    """The shapes of all tensors in a value, for messages."""
+    return ", ".join(str(list(x.shape)) for x in tensors_in(value)) or "without tensors"
+
+
 def mapped(value: T, change: Callable[[Tensor], Any]) -> T:
     """A copy of a value with every tensor changed; leaves that are no tensors are the same objects."""
     made: T = pytree.tree_map(lambda leaf: _mapped_leaf(leaf, change), value)

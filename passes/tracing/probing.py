@@ -21,7 +21,7 @@ from passes.errors import let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.layer_call import LayerCall, layer_call, operation_on
 from passes.models.copying import unhooked_copy
-from passes.models.values import mapped
+from passes.models.values import mapped, shapes_of
 
 Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
 
@@ -40,7 +40,7 @@ def misuse(layer: nn.Module, calls: Iterable[Arguments]) -> str | None:
             except Exception as error:
                 let_memory_errors_pass(error)
                 why = str(error).partition("\n")[0] or type(error).__name__
-                return f"its code can't be traced, nor run on {_shapes(arguments[0])}: {why}"
+                return f"its code can't be traced, nor run on {shapes_of(arguments[0])}: {why}"
             if uses.other is not None:
                 return f"its weight is computed first, by {uses.other!r}"
             if len(uses.calls) != 1:
@@ -107,7 +107,3 @@ def _guess(layer: nn.Module) -> Tensor:
     geometry = zip(conv.kernel_size, conv.dilation, conv.stride, strict=False)
     sizes = [max(32, (kernel - 1) * dilation + 1 + stride) for kernel, dilation, stride in geometry]
     return one.expand(2, conv.in_channels, *sizes)
-
-
-def _shapes(args: tuple[object, ...]) -> str:
-    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in args)

@@ -24,7 +24,7 @@ from passes.layers.channel_cut import channel_counts
 from passes.layers.geometry import is_layer, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.norms import is_norm
-from passes.models.values import leaves, mapped
+from passes.models.values import mapped, shapes_of
 from passes.tracing.interpreter import Interpreter
 from passes.tracing.mutation import WriteWatch, forget_written, note_written, storages
 
@@ -148,7 +148,7 @@ class _ShapePropagation(Interpreter):
         expected = [node for node in self.graph.nodes if node.op == "placeholder"]
         if len(fakes) > len(expected):
             raise InputError(f"example_inputs has {len(fakes)} tensors, the model's forward takes {len(expected)}")
-        self._shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for _, x in leaves(inputs)]
+        self._given = shapes_of(inputs)
         self._watch, self._known = WriteWatch(most), set[int]()
         with _fake_tensors(self.module, mode), mode, torch.no_grad(), self._watch:
             self.run(*fakes)
@@ -175,8 +175,7 @@ class _ShapePropagation(Interpreter):
         except Exception as error:
             let_memory_errors_pass(error)
             where = f"at layer {n.target!r}" if n.op == "call_module" else f"at {n.name!r}"
-            given = ", ".join(map(str, self._shapes))
-            raise InputError(f"example_inputs of shape {given} do not fit the model {where}: {error}") from error
+            raise InputError(f"example_inputs of shape {self._given} do not fit the model {where}: {error}") from error
         n.meta["val"] = value
         replaced = before ^ storages([node.meta["val"] for node in n.all_input_nodes])  # by ``x.data = y``
         note_written(n, self._watch.seen & self._known | replaced)

@@ -26,7 +26,7 @@ from passes.layers.plan import plans
 from passes.layers.surgery import hook_dicts
 from passes.models.comparing import difference, kinds
 from passes.models.copying import unhooked_copy
-from passes.models.values import give_plain_outputs, mapped, tensors_in
+from passes.models.values import give_plain_outputs, mapped, shapes_of, tensors_in
 from passes.options.arguments import ExampleInputs, as_inputs, split
 from passes.options.checks import check_model
 from passes.tracing.python_names import rename_in_program
@@ -173,8 +173,9 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         outputs = model(*mapped(inputs, Tensor.clone))
     except Exception as error:
         let_memory_errors_pass(error)
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
-        raise InputError(f"example_inputs of shape {shapes} do not fit the model in eval mode: {error}") from error
+        raise InputError(
+            f"example_inputs of shape {shapes_of(inputs)} do not fit the model in eval mode: {error}"
+        ) from error
     return tensors_in(outputs)
 
 

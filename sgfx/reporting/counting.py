@@ -23,6 +23,7 @@ from passes.freezing.choosing import chosen_layers, chosen_macs
 from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.values import shapes_of
 from passes.options.arguments import call
 from sgfx.reporting.operation_macs import fvcore_handles, torch_formulas
 
@@ -106,8 +107,9 @@ def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[s
             call(model, inputs)
     except Exception as error:
         let_memory_errors_pass(error)
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
-        raise InputError(f"example_inputs of shape {shapes} do not fit {type(model).__name__}: {error}") from error
+        raise InputError(
+            f"example_inputs of shape {shapes_of(inputs)} do not fit {type(model).__name__}: {error}"
+        ) from error
     root = type(model).__name__
     counts = {path.removeprefix(root).removeprefix("."): ops for path, ops in counter.get_flop_counts().items()}
     counts[""] = counts.pop("Global", counts.get("", {}))

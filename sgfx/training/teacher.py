@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.calibration.data import shapes_of, single_image
+from passes.calibration.data import single_image
 from passes.calibration.output_distance import distance, floating_tensors, relative_error, shapes, variance_of
 from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import mapped
+from passes.models.values import mapped, shapes_of
 from passes.options.arguments import call
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
-from passes.models.values import Plain, comparable, mapped, tensors_in
+from passes.models.values import Plain, comparable, mapped, shapes_of, tensors_in
 from passes.options.arguments import call
 
 DROPOUTS = {
@@ -67,14 +67,14 @@ def run_trial(model: nn.Module, paths: list[str], inputs: tuple[object, ...], tr
             given = call(model, copy_inputs(inputs))
     except Exception as error:
         let_memory_errors_pass(error)
-        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        shapes = shapes_of(inputs)
         if training:
             raise InputError(
-                f"example_inputs ({shapes}) fit the model in eval mode, but not in train mode: {error}. Give inputs "
-                "that fit both: a batch of at least two where there are batch norms, and what training needs besides, "
-                "such as the targets of a detector"
+                f"example_inputs of shape {shapes} fit the model in eval mode, but not in train mode: {error}. Give "
+                "inputs that fit both: a batch of at least two where there are batch norms, and what training needs "
+                "besides, such as the targets of a detector"
             ) from error
-        raise InputError(f"example_inputs ({shapes}) do not fit the model in eval mode: {error}") from error
+        raise InputError(f"example_inputs of shape {shapes} do not fit the model in eval mode: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

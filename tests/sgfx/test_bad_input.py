@@ -104,7 +104,7 @@ def test_a_pruners_model_is_to_be_lowered_not_compiled():
 
 def test_example_inputs_of_the_wrong_shape_name_the_layer():
     with pytest.raises(
-        sgfx.InputError, match=r"example_inputs of shape \(2, 4, 6, 6\) do not fit the model at layer '0'"
+        sgfx.InputError, match=r"example_inputs of shape \[2, 4, 6, 6\] do not fit the model at layer '0'"
     ):
         sgfx.compile(ready(), ratio=0.5, example_inputs=torch.zeros(2, 4, 6, 6))
     with pytest.raises(sgfx.InputError, match=r"do not fit the model at layer '4'"):
@@ -158,8 +158,11 @@ def test_nothing_is_changed_by_an_error(inplace):
             {"ratio": 0.8, "overrides": {"2": {"ratio": 50}}},
             "ratio of override '2' must be .* not 50: .*; did you mean 0.5",
         ),
-        ({"budget": {"macs": 30}}, r"budget\['macs'\] is the share that remains .* not 30; did you mean 0.3"),
-        ({"budget": {"params": 12.5}}, r"budget\['params'\] .* not 12.5; did you mean 0.125"),
+        (
+            {"budget": {"macs": 30}},
+            r"budget\['macs'\] must be above 0 and at most 1, not 30: .*; did you mean 0.3",
+        ),
+        ({"budget": {"params": 12.5}}, r"budget\['params'\] .* not 12.5: .*; did you mean 0.125"),
         ({"ratio": 1.0}, r"not 1.0: it is the share of connections that is pruned$"),
         ({"ratio": 100}, r"not 100: it is the share of connections that is pruned$"),
         ({"ratio": float("inf")}, r"not inf: it is the share of connections that is pruned$"),

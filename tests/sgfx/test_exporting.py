@@ -283,7 +283,7 @@ def test_paths_and_inputs_are_checked(tmp_path):
     (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(sgfx.InputError, match=r"folder.pt2 is a folder"):
         sgfx.export(small, tmp_path / "folder.pt2", IMAGES)
-    with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \(2, 4, 8, 8\) do not fit the model in eval"):
+    with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \[2, 4, 8, 8\] do not fit the model in eval"):
         sgfx.export(small, tmp_path / "small.pt2", torch.zeros(2, 4, 8, 8))
     with pytest.raises(TypeError, match=r"example_inputs must be a tensor, a tuple of positional"):
         sgfx.export(small, tmp_path / "small.pt2", None)

@@ -173,7 +173,7 @@ def test_what_can_not_be_compared_is_refused(models):
         sgfx.report(dense, Net(), IMAGE)
     with pytest.raises(sgfx.InputError, match="small is no compiled form of dense: layer 'first'"):
         sgfx.report(nn.Sequential(nn.Linear(3, 4)), small, IMAGE)
-    with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \(2, 4, 10, 10\) do not fit Net"):
+    with pytest.raises(sgfx.InputError, match=r"example_inputs of shape \[2, 4, 10, 10\] do not fit Net"):
         sgfx.report(dense, small, torch.zeros(2, 4, 10, 10))
     with pytest.raises(TypeError, match="example_inputs must be a tensor, a tuple of positional"):
         sgfx.report(dense, small, [IMAGE])

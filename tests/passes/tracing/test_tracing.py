@@ -84,7 +84,7 @@ def test_shapes_come_with_example_inputs():
     [
         (
             (torch.zeros(2, 4, 8, 8),),
-            r"\(2, 4, 8, 8\) do not fit the model at layer 'conv': .*expected input.*3 channels",
+            r"\[2, 4, 8, 8\] do not fit the model at layer 'conv': .*expected input.*3 channels",
         ),
         ((torch.zeros(2, 3, 8, 8), 1.0, 1.0), "example_inputs has 3 tensors, the model's forward takes 2"),
     ],

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from passes.calibration.data import Arguments
 from passes.errors import let_memory_errors_pass
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 
 LEAST = 32  # values of a channel, below which they say nothing of its statistics
 
@@ -69,7 +69,7 @@ def seen_by_norms(model: nn.Module, batches: Iterable[Arguments]) -> list[SeenNo
             hooks.callback(norm.register_forward_pre_hook(partial(_note, seen[path])).remove)
         for given in batches if norms else ():
             try:
-                call(quiet, copy_inputs(given))
+                call_model(quiet, copy_inputs(given))
             except Exception as error:
                 let_memory_errors_pass(error)
                 return []

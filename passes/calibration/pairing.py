@@ -24,7 +24,7 @@ from passes.calibration.value_choices import WatchForChoices
 from passes.errors import InputError, let_memory_errors_pass
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import leaves, shapes_of, tensors_in
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from passes.tracing.regions import find_regions
 from passes.tracing.trace import Region
 
@@ -137,7 +137,7 @@ def _calls(model: nn.Module, path: str, batch: Arguments) -> Calls:
 def _call(model: nn.Module, batch: Arguments) -> None:
     try:
         with torch.no_grad():
-            call(model, copy_inputs(batch))
+            call_model(model, copy_inputs(batch))
     except Exception as error:
         let_memory_errors_pass(error)
         raise InputError(

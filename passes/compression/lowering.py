@@ -20,7 +20,7 @@ from passes.layers.surgery import replace_module
 from passes.models.copying import copy_model
 from passes.options.settings import SETTINGS, Settings
 from passes.tracing.regions import REGIONS, find_regions
-from passes.tracing.trace import calls
+from passes.tracing.trace import module_calls
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,7 +65,7 @@ class Lowering(Pass):
             if plan.grouped and not (isinstance(layer, Grouped) and len(layer.weight) == plan.connections):
                 return f"layer {path!r} was not lowered to {plan.connections} connections"
         regions = find_regions(model, leaf_modules=compilation[SETTINGS].leaf_modules)
-        called = {path for _, path, _ in calls(regions.parts)}
+        called = {path for _, path, _ in module_calls(regions.parts)}
         regions.empty()
         lowered = (path for path, plan in plans.items() if plan.grouped and regions.outside(path) is None)
         return next((f"nothing calls the lowered {path!r}" for path in lowered if path not in called), None)

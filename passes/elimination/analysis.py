@@ -35,7 +35,7 @@ from passes.options.names import holders_of
 from passes.options.settings import SETTINGS
 from passes.tracing.regions import COUNTS, REGIONS, Regions, find_regions, mentions
 from passes.tracing.shapes import find_shapes
-from passes.tracing.trace import Region, calls
+from passes.tracing.trace import Region, module_calls
 from passes.tracing.usage import Usage
 
 ReadingRule: TypeAlias = Callable[[Tensor], Tensor]
@@ -196,7 +196,7 @@ def analyse(model: nn.Module, regions: Regions, example_inputs: tuple[object, ..
         if any(mentions(type(model.get_submodule(path)), COUNTS) for path in around):
             obstacles[region.path] = "code around it, which can't be traced, asks layers for their number of channels"
         if (obstacle := obstacles[region.path]) is not None:
-            fixed.update({path: obstacle for _, path, _ in calls([region])})
+            fixed.update({path: obstacle for _, path, _ in module_calls([region])})
     for region in regions.parts:
         if obstacles[region.path] is None:
             for graph in region.graphs.values():

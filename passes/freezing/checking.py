@@ -26,7 +26,7 @@ from passes.infra.random_state import seed_all
 from passes.models.comparing import difference, kinds
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import Plain, comparable, shapes_of, tensors_in
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from passes.options.settings import SETTINGS
 
 Outputs = dict[str, Tensor | Plain]
@@ -112,7 +112,7 @@ def _trials(inputs: Inputs) -> Iterator[Inputs]:
 def _outputs(model: nn.Module, inputs: Inputs, seed: int = 0) -> Outputs:
     seed_all(seed)
     with torch.no_grad():
-        given = call(model, copy_inputs(inputs))
+        given = call_model(model, copy_inputs(inputs))
     outputs = comparable(given, "output")
     if not outputs:
         raise InputError("there is nothing to compare a frozen form by: the outputs hold no tensors and no numbers")

@@ -24,7 +24,7 @@ from passes.layers.plain_weights import removal_of
 from passes.models.copying import copy_inputs, twins_of, unhooked_copy
 from passes.models.rebinding import held_by, rebound
 from passes.models.values import shapes_of, tensors_in
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from passes.tracing.tracer import has_global_hooks
 
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, ModuleType, type)
@@ -52,7 +52,7 @@ def check_hooks(model: nn.Module, inputs: tuple[object, ...]) -> None:
     seed_all(0)
     try:
         with torch.no_grad():
-            call(twin, copy_inputs(inputs))
+            call_model(twin, copy_inputs(inputs))
     except Exception as error:
         let_memory_errors_pass(error)
         raise InputError(f"example_inputs of shape {shapes_of(inputs)} do not fit the model: {error}") from error

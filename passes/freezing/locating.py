@@ -24,7 +24,7 @@ from passes.infra.manager import run_passes
 from passes.infra.random_state import seed_all
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import tensors_in
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from passes.options.settings import SETTINGS, Settings
 from passes.tracing.operations import module_of
 from passes.tracing.regions import find_regions
@@ -131,4 +131,4 @@ def _arguments(model: nn.Module, path: str, inputs: Inputs) -> Inputs | None:
 def _run(model: Callable[..., Any], inputs: Inputs) -> Any:
     seed_all(0)
     with torch.no_grad():
-        return call(model, copy_inputs(inputs))
+        return call_model(model, copy_inputs(inputs))

@@ -83,7 +83,7 @@ def _flat(model: nn.Module) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in _COLLECTING]
 
 
-def split(model: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def by_place_and_name(model: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments as those that go by position, and those that can only go by name."""
     parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -95,9 +95,9 @@ def split(model: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[tuple[Any
     return inputs[:count], dict(zip(names, inputs[count:], strict=False))
 
 
-def call(model: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+def call_model(model: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     """Call a model, or another function."""
-    args, keywords = split(model, inputs)
+    args, keywords = by_place_and_name(model, inputs)
     return model(*args, **keywords)
 
 

@@ -17,7 +17,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
 from passes.models.values import mapped
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from passes.options.names import holders_of
 from passes.tracing.parameter_use import ParameterWatch
 from passes.tracing.shapes import without_storage
@@ -85,7 +85,7 @@ class _Watch(ParameterWatch):
             handles.append(module.register_forward_hook(leaving, always_call=True))
         try:
             with self:
-                call(self._model, copy_inputs(inputs))
+                call_model(self._model, copy_inputs(inputs))
         finally:
             for handle in handles:
                 handle.remove()

@@ -93,7 +93,7 @@ def trace(model: nn.Module, example_inputs: tuple[object, ...] | None = None) ->
     return Tracing(model).whole(example_inputs)
 
 
-def calls(regions: Iterable[Region]) -> Iterator[tuple[str, str, nn.Module]]:
+def module_calls(regions: Iterable[Region]) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield each call of a module, in order of execution: the graph's mode, the module's path, and the module."""
     for region in regions:
         for mode, graph in region.graphs.items():

@@ -10,7 +10,7 @@ from passes.layers.surgery import hook_dicts
 from passes.models.rebinding import held_by
 from passes.options.names import holders_of
 from passes.tracing.regions import Regions
-from passes.tracing.trace import calls
+from passes.tracing.trace import module_calls
 
 
 class Usage:
@@ -33,7 +33,7 @@ class Usage:
         self.opened = {path for region in regions.parts for path in region.opened}
         self.first_convolutions: set[str] = set()
         modes: set[str] = set()
-        for mode, path, module in calls(regions.parts):
+        for mode, path, module in module_calls(regions.parts):
             self.called[path] = type(module).__name__
             if isinstance(module, _ConvNd) and mode not in modes:
                 modes.add(mode)

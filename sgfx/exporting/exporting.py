@@ -27,7 +27,7 @@ from passes.layers.surgery import hook_dicts
 from passes.models.comparing import difference, kinds
 from passes.models.copying import unhooked_copy
 from passes.models.values import give_plain_outputs, mapped, shapes_of, tensors_in
-from passes.options.arguments import ExampleInputs, as_inputs, split
+from passes.options.arguments import ExampleInputs, as_inputs, by_place_and_name
 from passes.options.checks import check_model
 from passes.tracing.python_names import rename_in_program
 from sgfx.exporting.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
@@ -123,7 +123,7 @@ def export(
         raise TypeError(
             "example_inputs must be a tensor, a tuple of positional arguments or a dict of keywords, not None"
         )
-    if by_name := split(small, given)[1]:
+    if by_name := by_place_and_name(small, given)[1]:
         raise InputError(
             f"files take arguments by position, and {type(small).__name__}.forward takes {next(iter(by_name))!r} by "
             "name alone: wrap the model in a module that takes it by position"

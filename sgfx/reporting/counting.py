@@ -24,7 +24,7 @@ from passes.infra.random_state import preserved_random_state
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import shapes_of
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from sgfx.reporting.operation_macs import fvcore_handles, torch_formulas
 
 LONGEST = 120  # characters of an error that is told of
@@ -104,7 +104,7 @@ def _counted_by_torch(model: nn.Module, inputs: tuple[object, ...]) -> Counter[s
 
     try:
         with FlopCounterMode(display=False, custom_mapping=torch_formulas()) as counter:
-            call(model, inputs)
+            call_model(model, inputs)
     except Exception as error:
         let_memory_errors_pass(error)
         raise InputError(

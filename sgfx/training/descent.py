@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from passes.calibration.data import Arguments, single_image
 from passes.errors import InputError, let_memory_errors_pass
 from passes.models.values import shapes_of
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 from sgfx.training.drawing import Examples
 from sgfx.training.teacher import Teacher
 
@@ -124,7 +124,7 @@ def warmed_cosine(step: int, steps: int) -> float:
 
 def _run(model: nn.Module, inputs: Arguments) -> Any:
     try:
-        return call(model, inputs)
+        return call_model(model, inputs)
     except Exception as error:
         let_memory_errors_pass(error)
         hint = single_image(inputs)

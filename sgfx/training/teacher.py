@@ -23,7 +23,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.models.values import mapped, shapes_of
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 
 T = TypeVar("T")
 BLOCKS = 3.0  # weight of the mean distance of all that blocks give, beside that of the outputs
@@ -83,7 +83,7 @@ class Teacher:
 
     def teach(self, inputs: tuple[Any, ...]) -> Any:
         """What is wanted for these inputs, which may be worked on; without gradients."""
-        return call(self.model, inputs)
+        return call_model(self.model, inputs)
 
     def _targets(self, inputs: tuple[Any, ...]) -> Any:
         for tensor in floating_tensors(inputs):

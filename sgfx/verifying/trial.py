@@ -22,7 +22,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
 from passes.models.values import Plain, comparable, mapped, shapes_of, tensors_in
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 
 DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -64,7 +64,7 @@ def run_trial(model: nn.Module, paths: list[str], inputs: tuple[object, ...], tr
         with own_random_state(), torch.set_grad_enabled(training), _WithoutDropout() if fewer else nullcontext():
             random.seed(0)
             np.random.seed(0)
-            given = call(model, copy_inputs(inputs))
+            given = call_model(model, copy_inputs(inputs))
     except Exception as error:
         let_memory_errors_pass(error)
         shapes = shapes_of(inputs)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.options.arguments import as_inputs, call, split
+from passes.options.arguments import as_inputs, by_place_and_name, call_model
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SCALE = torch.full((1,), 3.0)
@@ -75,7 +75,7 @@ def test_everything_takes_them(case, tmp_path):
     assert sgfx.report(dense, small, inputs).macs < sgfx.report(dense, small, inputs).macs_dense
     frozen = sgfx.freeze(small, inputs, strategy="library")
     assert isinstance(frozen, torch.fx.GraphModule)
-    assert torch.allclose(first(call(frozen, as_inputs(inputs, small))), first(run(small.eval())), atol=1e-6)
+    assert torch.allclose(first(call_model(frozen, as_inputs(inputs, small))), first(run(small.eval())), atol=1e-6)
     pruner = sgfx.Pruner(dense, step=0.3, **options)
     assert len(list(pruner)) == 2
     if kind is not ByName:
@@ -87,7 +87,7 @@ def test_they_are_bound_as_python_binds_them(case):
     kind, inputs, run = CASES[case]
     torch.manual_seed(0)
     model = kind().eval()
-    assert torch.equal(first(call(model, as_inputs(inputs, model))), first(run(model)))
+    assert torch.equal(first(call_model(model, as_inputs(inputs, model))), first(run(model)))
 
 
 def test_a_frozen_model_takes_the_same_names():
@@ -100,9 +100,9 @@ def test_a_frozen_model_takes_the_same_names():
 def test_arguments_that_can_only_be_given_by_name_come_last():
     model = ByName()
     assert as_inputs({"x": 1, "scale": 2}, model) == (1, False, 2)
-    assert split(model, (1, False, 2)) == ((1, False), {"scale": 2})
-    assert split(model, (1,)) == ((1,), {})
-    assert split(Collecting(), (1, 2, 3)) == ((1, 2, 3), {})
+    assert by_place_and_name(model, (1, False, 2)) == ((1, False), {"scale": 2})
+    assert by_place_and_name(model, (1,)) == ((1,), {})
+    assert by_place_and_name(Collecting(), (1, 2, 3)) == ((1, 2, 3), {})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from passes.infra.progress import Progress, silent
 from passes.infra.random_state import own_random_state
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
-from passes.options.arguments import call
+from passes.options.arguments import call_model
 
 
 def held_out_error(
@@ -47,7 +47,9 @@ def held_out_error(
     with own_random_state(), torch.no_grad(), progress("compare ratios", layers, "layer") as tick:
         try:
             solved(dense, work, fitted, leaves, tick)
-            found = [distance(call(work, copy_inputs(x)), call(teacher, copy_inputs(x))).item() for x in judged]
+            found = [
+                distance(call_model(work, copy_inputs(x)), call_model(teacher, copy_inputs(x))).item() for x in judged
+            ]
         except InputError:  # what is really wrong with the examples is said where all of them are used
             return math.nan
     return sum(found) / len(found) if found else math.nan

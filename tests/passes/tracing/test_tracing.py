@@ -8,7 +8,7 @@ from torch import nn
 
 from passes.errors import InputError
 from passes.infra.random_state import preserved_random_state
-from passes.tracing.trace import calls, trace
+from passes.tracing.trace import module_calls, trace
 
 
 class Branching(nn.Module):
@@ -33,7 +33,7 @@ class Branching(nn.Module):
 
 
 def called(region, mode):
-    return [path for each, path, _ in calls([region]) if each == mode]
+    return [path for each, path, _ in module_calls([region]) if each == mode]
 
 
 def test_eval_and_train_are_two_graphs_and_defaults_keep_their_value():

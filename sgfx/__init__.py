@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passes.errors import InputError, PassError
-    from passes.freezing.decisions import Decisions
-    from passes.layers.plan import LayerPlan, plans
+    from passes.freezing import Decisions
+    from passes.layers import LayerPlan, plans
     from sgfx.calibrating import calibrate
     from sgfx.compiler import compile
     from sgfx.exporting.exporting import Exported, export
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from sgfx.verifying.verification import verify
 
 _HOMES = {
-    "Decisions": "passes.freezing.decisions",
+    "Decisions": "passes.freezing",
     "Exported": "sgfx.exporting.exporting",
     "InputError": "passes.errors",
-    "LayerPlan": "passes.layers.plan",
+    "LayerPlan": "passes.layers",
     "PassError": "passes.errors",
     "Pruner": "sgfx.pruner",
     "Report": "sgfx.reporting.tables",
@@ -45,7 +45,7 @@ _HOMES = {
     "export": "sgfx.exporting.exporting",
     "freeze": "sgfx.freezing",
     "load": "sgfx.files.files",
-    "plans": "passes.layers.plan",
+    "plans": "passes.layers",
     "recipe": "sgfx.training.recipes",
     "report": "sgfx.reporting.reporting",
     "save": "sgfx.files.files",

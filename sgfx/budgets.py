@@ -7,11 +7,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from passes.calibration.budget.spending import Budget
-from passes.calibration.data import Arguments
+from passes.calibration import Arguments, Budget
 from passes.errors import InputError
-from passes.layers.geometry import is_layer
-from passes.options.ranges import checked_number, meant_as_share
+from passes.layers import is_layer
+from passes.options import checked_number, meant_as_share
 from sgfx.reporting.counting import count_macs
 
 MEASURES = ("macs", "params")

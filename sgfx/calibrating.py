@@ -9,18 +9,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from passes.calibration.calibrating import DENSE, SEEN_NORMS, UNCALIBRATED
-from passes.calibration.data import EXAMPLES, Arguments, read_examples
-from passes.calibration.foreign_data import SeenNorm
+from passes.calibration import DENSE, EXAMPLES, SEEN_NORMS, UNCALIBRATED, Arguments, SeenNorm, read_examples
 from passes.errors import InputError
-from passes.infra.compilation import Compilation, Facts
-from passes.infra.manager import run_passes
-from passes.layers.channel_cut import cuts
-from passes.layers.geometry import is_layer
-from passes.layers.grouped import Grouped
-from passes.layers.plan import layer_shape, plans
-from passes.options.checks import check_model
-from passes.options.settings import SETTINGS, Settings
+from passes.infra import Compilation, Facts, run_passes
+from passes.layers import Grouped, cuts, is_layer, layer_shape, plans
+from passes.options import SETTINGS, Settings, check_model
 from passes.pipeline import INSPECTION, calibration
 from sgfx.progress import progress_bar
 

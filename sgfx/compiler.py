@@ -8,22 +8,27 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from passes.calibration.budget.spending import BUDGET, MISSED
-from passes.calibration.data import EXAMPLES, Arguments, read_examples
-from passes.compression.lowering import lowered_copy
-from passes.compression.pruning import PLANS
-from passes.elimination.elimination import remove_unread_filters
+from passes.calibration import BUDGET, EXAMPLES, MISSED, Arguments, read_examples
+from passes.compression import PLANS, lowered_copy
+from passes.elimination import remove_unread_filters
 from passes.errors import InputError
-from passes.infra.compilation import Compilation, Facts, Pass
-from passes.infra.manager import run_passes
-from passes.layers.plan import LayerPlan
-from passes.models.adoption import adopt
-from passes.options.arguments import ExampleInputs, as_inputs
-from passes.options.checks import LeafModules, check_model, checked_settings, listed, resolved_leaves
-from passes.options.settings import SETTINGS, Criterion
+from passes.infra import Compilation, Facts, Pass, run_passes
+from passes.layers import LayerPlan
+from passes.models import adopt
+from passes.options import (
+    SETTINGS,
+    Criterion,
+    ExampleInputs,
+    LeafModules,
+    as_inputs,
+    check_model,
+    checked_settings,
+    listed,
+    resolved_leaves,
+)
 from passes.pipeline import ANALYSIS, GROUPING, PRUNING
 from passes.pipeline import budget as spending_passes
-from passes.tracing.regions import REGIONS
+from passes.tracing import REGIONS
 from sgfx.budgets import Shares, budget_of, checked_budget, warn_of_missed
 from sgfx.calibrating import calibrate_on
 from sgfx.progress import progress_bar

@@ -11,19 +11,23 @@ from torch import nn
 
 from passes import kernel
 from passes.errors import InputError
-from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
-from passes.freezing.choosing import chosen_layers
-from passes.freezing.decisions import Decisions, decisions_of, machine
-from passes.freezing.hooks import check_hooks, check_weights
-from passes.freezing.parts import quiet_copy
-from passes.freezing.recording import FROZEN
-from passes.infra.compilation import Compilation, Facts
-from passes.infra.manager import run_passes
-from passes.infra.random_state import preserved_random_state
-from passes.models.copying import copy_inputs
-from passes.options.arguments import ExampleInputs, as_inputs
-from passes.options.checks import check_model
-from passes.options.settings import SETTINGS, Settings
+from passes.freezing import (
+    ASKED,
+    FROZEN,
+    ORIGINAL,
+    Asked,
+    Decisions,
+    check_hooks,
+    check_weights,
+    checked_strategy,
+    chosen_layers,
+    decisions_of,
+    machine,
+    quiet_copy,
+)
+from passes.infra import Compilation, Facts, preserved_random_state, run_passes
+from passes.models import copy_inputs
+from passes.options import SETTINGS, ExampleInputs, Settings, as_inputs, check_model
 from passes.pipeline import freezing
 from sgfx.progress import progress_bar
 

@@ -10,20 +10,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from passes.compression.masking import mask, masked_layer, unmask
-from passes.compression.pruning import PLANS
-from passes.compression.selection import REASONS, TARGETS
+from passes.compression import PLANS, REASONS, TARGETS, mask, masked_layer, unmask
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.compilation import Compilation, Facts
-from passes.infra.manager import run_passes
-from passes.layers.plan import LayerPlan, network_ratios
-from passes.models.copying import copy_model
-from passes.options.arguments import ExampleInputs
-from passes.options.checks import LeafModules, checked_settings
-from passes.options.ranges import checked_step
-from passes.options.settings import SETTINGS, Criterion
+from passes.infra import Compilation, Facts, run_passes
+from passes.layers import LayerPlan, network_ratios
+from passes.models import copy_model
+from passes.options import SETTINGS, Criterion, ExampleInputs, LeafModules, checked_settings, checked_step
 from passes.pipeline import ANALYSIS, LOWERING, pruning_step
-from passes.tracing.regions import REGIONS
+from passes.tracing import REGIONS
 
 M = TypeVar("M", bound=nn.Module)
 STATE_VERSION = 1

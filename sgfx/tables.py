@@ -16,17 +16,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 import models_zoo
-from passes.compression.grouping import GROUPS
-from passes.compression.lowering import lower
-from passes.compression.pruning import PLANS
-from passes.compression.selection import REASONS, TARGETS
-from passes.infra.compilation import Compilation, Facts
-from passes.infra.manager import run_passes
-from passes.layers.geometry import is_linear
-from passes.layers.plan import LayerPlan, plans
-from passes.models.copying import copy_model
-from passes.options.checks import checked_settings
-from passes.options.settings import SETTINGS
+from passes.compression import GROUPS, PLANS, REASONS, TARGETS, lower
+from passes.infra import Compilation, Facts, run_passes
+from passes.layers import LayerPlan, is_linear, plans
+from passes.models import copy_model
+from passes.options import SETTINGS, checked_settings
 from passes.pipeline import ANALYSIS, GROUPING, PRUNING
 from sgfx.reporting.counting import count_macs
 

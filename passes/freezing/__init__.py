@@ -15,3 +15,29 @@
 | `checking`, `locating`, `doubt` | compared with the model; where it differs first; what rounding explains |
 | `stopwatch` | the one clock |
 """
+
+from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
+from passes.freezing.choosing import chosen_layers, chosen_macs, filters_of
+from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
+from passes.freezing.hooks import check_hooks, check_weights
+from passes.freezing.parts import quiet_copy
+from passes.freezing.recording import FROZEN
+
+__all__ = [
+    "ASKED",
+    "FROZEN",
+    "ORIGINAL",
+    "Asked",
+    "Decisions",
+    "LayerDecision",
+    "attach_decisions",
+    "check_hooks",
+    "check_weights",
+    "checked_strategy",
+    "chosen_layers",
+    "chosen_macs",
+    "decisions_of",
+    "filters_of",
+    "machine",
+    "quiet_copy",
+]

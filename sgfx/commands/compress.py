@@ -33,7 +33,7 @@ def compress(options: CompressOptions) -> None:
         InputError: (or ValueError) an option, the data or the folder can't be taken.
     """
     from passes.errors import InputError
-    from passes.layers.plan import plans
+    from passes.layers import plans
     from sgfx.commands.kinds import KINDS
     from sgfx.commands.results import plot, sizes, write_report
     from sgfx.commands.run import open_folder, open_model
@@ -134,7 +134,7 @@ def _without_training(
 ) -> nn.Module:
     """Compress, and distill if that was asked for; what is finished is read again."""
     import sgfx
-    from passes.models.copying import copy_model
+    from passes.models import copy_model
     from sgfx.commands.run import FINAL, is_main
 
     start, final = folder / "compressed.safetensors", folder / FINAL

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError
-from passes.layers.grouped import GroupedLinear
+from passes.layers import GroupedLinear
 
 
 def replace_head(model: nn.Module, inputs: Tensor, classes: int) -> None:

@@ -13,8 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from passes.errors import InputError
-from passes.models.detectors import is_detector
-from passes.models.values import mapped
+from passes.models import is_detector, mapped
 from sgfx.commands.heads import replace_head
 from sgfx.commands.models import check_fit, check_takes
 from sgfx.commands.options import Common

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from passes.options.ranges import checked_number
+from passes.options import checked_number
 from sgfx.data.normalization import Normalization
 
 PADDING = 4

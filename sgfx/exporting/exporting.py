@@ -17,19 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from passes.elimination.elimination import remove_unread_filters
+from passes.elimination import remove_unread_filters
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.random_state import preserved_random_state
-from passes.layers.grouped import Form
-from passes.layers.plain import make_exportable
-from passes.layers.plan import plans
-from passes.layers.surgery import hook_dicts
-from passes.models.comparing import difference, kinds
-from passes.models.copying import unhooked_copy
-from passes.models.values import give_plain_outputs, mapped, shapes_of, tensors_in
-from passes.options.arguments import ExampleInputs, as_inputs, by_place_and_name
-from passes.options.checks import check_model
-from passes.tracing.python_names import rename_in_program
+from passes.infra import preserved_random_state
+from passes.layers import Form, hook_dicts, make_exportable, plans
+from passes.models import difference, give_plain_outputs, kinds, mapped, shapes_of, tensors_in, unhooked_copy
+from passes.options import ExampleInputs, as_inputs, by_place_and_name, check_model
+from passes.tracing import rename_in_program
 from sgfx.exporting.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
 from sgfx.exporting.varying import Inputs, other_inputs, widened, without_names
 from sgfx.files.writing import replacing

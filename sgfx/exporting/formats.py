@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.models.values import tensors_in
-from passes.options.ranges import checked_integer
+from passes.models import tensors_in
+from passes.options import checked_integer
 
 Run: TypeAlias = Callable[[tuple[Any, ...]], list[Tensor]]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from passes.models.values import mapped, tensors_in
+from passes.models import mapped, tensors_in
 
 Inputs: TypeAlias = tuple[Any, ...]
 Sizes: TypeAlias = list[list[Any]]  # of each input tensor: numbers, or expressions of symbols

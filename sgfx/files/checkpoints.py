@@ -18,17 +18,22 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from models_zoo.checkpoint import read_state_dict, renamed
-from passes.compression.lowering import lower
-from passes.elimination.elimination import remove_unread_filters
+from passes.compression import lower
+from passes.elimination import remove_unread_filters
 from passes.errors import InputError, PassError, let_memory_errors_pass
-from passes.layers.channel_cut import Cut, cuts
-from passes.layers.encoding import as_tensor, decode_whole, encode
-from passes.layers.former_buffers import former_structure
-from passes.layers.grouped import Grouped
-from passes.layers.masked import Masked
-from passes.layers.plan import LayerPlan, layer_shape
-from passes.models.copying import copy_model
-from passes.models.record import check_regroupable, cut_from_record, ties
+from passes.layers import (
+    Cut,
+    Grouped,
+    LayerPlan,
+    Masked,
+    as_tensor,
+    cuts,
+    decode_whole,
+    encode,
+    former_structure,
+    layer_shape,
+)
+from passes.models import check_regroupable, copy_model, cut_from_record, ties
 
 M = TypeVar("M", bound=nn.Module)
 

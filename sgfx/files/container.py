@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.models.record import Record, describe, named_tensors
+from passes.models import Record, describe, named_tensors
 
 FORMAT = 2  # grows when a file means something that earlier versions of sgfx would read wrongly
 ANEW = "Make a fresh dense model of the class and options that the file was saved from"

@@ -18,18 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from passes.compression.lowering import lower
+from passes.compression import lower
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions, attach_decisions, decisions_of
-from passes.layers.channel_cut import apply_cuts
-from passes.layers.grouped import Grouped
-from passes.layers.masked import Masked
-from passes.layers.plan import plan_of, plans
-from passes.models.adoption import adopt
-from passes.models.copying import copy_model
-from passes.models.hyperparameters import agree
-from passes.models.record import Record, cut_from_record, describe, named_tensors, plan_from_record, transient
-from passes.options.checks import check_model
+from passes.freezing import Decisions, attach_decisions, decisions_of
+from passes.layers import Grouped, Masked, apply_cuts, plan_of, plans
+from passes.models import (
+    Record,
+    adopt,
+    agree,
+    copy_model,
+    cut_from_record,
+    describe,
+    named_tensors,
+    plan_from_record,
+    transient,
+)
+from passes.options import check_model
 from sgfx.files.checkpoints import from_state_dict, is_torch_file, read_torch_file
 from sgfx.files.container import ANEW, brief, check_size, packed, unpacked
 from sgfx.files.reading import content_of

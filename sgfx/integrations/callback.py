@@ -10,9 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from passes.errors import InputError
-from passes.options.arguments import ExampleInputs
-from passes.options.checks import LeafModules
-from passes.options.settings import Criterion
+from passes.options import Criterion, ExampleInputs, LeafModules
 from sgfx.integrations.in_place import LivePruner
 from sgfx.integrations.schedule import Moments, When
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from passes.errors import InputError
-from passes.layers.encoding import decode
-from passes.layers.grouped import Grouped
-from passes.layers.plan import LayerPlan, LayerShape, layer_shape
+from passes.layers import Grouped, LayerPlan, LayerShape, decode, layer_shape
 from sgfx.pruner import Pruner
 
 M = TypeVar("M", bound=nn.Module)

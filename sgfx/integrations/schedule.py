@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 from passes.errors import InputError
-from passes.options.ranges import checked_integer
+from passes.options import checked_integer
 
 Unit = Literal["epochs", "steps"]
 

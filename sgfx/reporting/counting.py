@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.freezing.choosing import chosen_layers, chosen_macs
-from passes.infra.random_state import preserved_random_state
-from passes.layers.grouped import Grouped
-from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import shapes_of
-from passes.options.arguments import call_model
+from passes.freezing import chosen_layers, chosen_macs
+from passes.infra import preserved_random_state
+from passes.layers import Grouped
+from passes.models import copy_inputs, shapes_of, unhooked_copy
+from passes.options import call_model
 from sgfx.reporting.operation_macs import fvcore_handles, torch_formulas
 
 LONGEST = 120  # characters of an error that is told of

@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.freezing.choosing import chosen_layers, filters_of
-from passes.freezing.decisions import Decisions, LayerDecision
-from passes.layers.plan import LayerPlan, layer_shape, plan_of
+from passes.freezing import Decisions, LayerDecision, chosen_layers, filters_of
+from passes.layers import LayerPlan, layer_shape, plan_of
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions
-from passes.layers.channel_cut import cuts
-from passes.layers.plan import LayerPlan, layer_shape, plans
-from passes.options.arguments import ExampleInputs, as_inputs
-from passes.options.checks import check_model
+from passes.freezing import Decisions
+from passes.layers import LayerPlan, cuts, layer_shape, plans
+from passes.options import ExampleInputs, as_inputs, check_model
 from sgfx.reporting.counting import count_and_tell
 from sgfx.reporting.frozen import FrozenLayer, decisions_in, frozen_layers, frozen_params
 from sgfx.reporting.tables import LayerReport, Report, Share

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from passes.freezing.decisions import Decisions
+from passes.freezing import Decisions
 
 
 @dataclass(frozen=True)

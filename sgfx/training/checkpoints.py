@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.layers.structured import Structured
-from passes.models.copying import unhooked_copy
+from passes.layers import Structured
+from passes.models import unhooked_copy
 
 KIND = "checkpoint"
 _EXTRA = "_extra_state"

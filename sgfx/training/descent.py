@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.calibration.data import Arguments, single_image
+from passes.calibration import Arguments, single_image
 from passes.errors import InputError, let_memory_errors_pass
-from passes.models.values import shapes_of
-from passes.options.arguments import call_model
+from passes.models import shapes_of
+from passes.options import call_model
 from sgfx.training.drawing import Examples
 from sgfx.training.teacher import Teacher
 

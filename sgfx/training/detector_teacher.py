@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from passes.models.detectors import is_detector
+from passes.models import is_detector
 from sgfx.training.teacher import Teacher
 
 T = TypeVar("T")

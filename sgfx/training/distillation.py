@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from passes.calibration.data import read_examples
+from passes.calibration import read_examples
 from passes.errors import InputError
-from passes.infra.random_state import preserved_random_state
-from passes.models.copying import unhooked_copy
-from passes.options.ranges import checked_integer, checked_number
+from passes.infra import preserved_random_state
+from passes.models import unhooked_copy
+from passes.options import checked_integer, checked_number
 from sgfx.calibrating import check_compiled
 from sgfx.progress import progress_bar
 from sgfx.training.descent import Descent

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from passes.calibration.data import Arguments, example_count
-from passes.models.copying import copy_inputs
+from passes.calibration import Arguments, example_count
+from passes.models import copy_inputs
 
 BATCH = 64  # examples per step, and the most that are held out
 ENOUGH = 512  # from so many examples on some are held out

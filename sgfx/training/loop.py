@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from passes.errors import InputError
-from passes.infra.random_state import preserved_random_state
+from passes.infra import preserved_random_state
 from sgfx.training.history import EpochRecord
 from sgfx.training.loading import Source
 from sgfx.training.modules import Wrapped, averages, preserved_modes

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from passes.models.copying import copy_model
+from passes.models import copy_model
 
 
 class Wrapped(nn.Module):

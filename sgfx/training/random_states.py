@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from passes.infra.random_state import preserved_random_state, seed_all
+from passes.infra import preserved_random_state, seed_all
 
 Generator: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from passes.elimination.elimination import remove_unread_filters
+from passes.elimination import remove_unread_filters
 from passes.errors import InputError
-from passes.layers.plan import plans
-from passes.models.copying import copy_model
-from passes.options.arguments import as_inputs
-from passes.options.checks import listed, resolved_leaves
+from passes.layers import plans
+from passes.models import copy_model
+from passes.options import as_inputs, listed, resolved_leaves
 from sgfx.calibrating import calibrate
 from sgfx.compiler import compile as compiled
 from sgfx.files.files import load, save

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from passes.errors import InputError
-from passes.options.ranges import is_integer
+from passes.options import is_integer
 
 Shape: TypeAlias = Literal["constant", "cosine"]
 Schedule: TypeAlias = Shape | Sequence[int]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, get_args
 
 from passes.errors import InputError
-from passes.options.ranges import checked_integer, checked_number
+from passes.options import checked_integer, checked_number
 from sgfx.training.accelerator import Precision
 from sgfx.training.optimizing import MakeOptimizer
 from sgfx.training.schedules import Schedule, checked_schedule

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from passes.calibration.data import single_image
-from passes.calibration.output_distance import distance, floating_tensors, relative_error, shapes, variance_of
+from passes.calibration import distance, floating_tensors, relative_error, shapes, single_image, variance_of
 from passes.errors import InputError, let_memory_errors_pass
-from passes.layers.grouped import Grouped
-from passes.models.copying import copy_inputs, unhooked_copy
-from passes.models.values import mapped, shapes_of
-from passes.options.arguments import call_model
+from passes.layers import Grouped
+from passes.models import copy_inputs, mapped, shapes_of, unhooked_copy
+from passes.options import call_model
 
 T = TypeVar("T")
 BLOCKS = 3.0  # weight of the mean distance of all that blocks give, beside that of the outputs

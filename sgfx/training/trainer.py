@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from passes.errors import InputError
-from passes.infra.random_state import preserved_random_state
+from passes.infra import preserved_random_state
 from sgfx.training.accelerator import Precision, own_accelerator
 from sgfx.training.history import History
 from sgfx.training.loading import Data, Source, checked_data

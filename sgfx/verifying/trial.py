@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from passes.errors import InputError, let_memory_errors_pass
-from passes.infra.random_state import own_random_state
-from passes.models.copying import copy_inputs
-from passes.models.values import Plain, comparable, mapped, shapes_of, tensors_in
-from passes.options.arguments import call_model
+from passes.infra import own_random_state
+from passes.models import Plain, comparable, copy_inputs, mapped, shapes_of, tensors_in
+from passes.options import call_model
 
 DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,

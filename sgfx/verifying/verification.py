@@ -16,14 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError
-from passes.layers.channel_cut import channel_dim, cut_of, cuts
-from passes.layers.masked import Masked
-from passes.layers.plan import LayerPlan
-from passes.models.comparing import difference
-from passes.models.copying import unhooked_copy
-from passes.models.reference import as_rows, masked_reference, rows_by_name
-from passes.models.values import Plain
-from passes.options.arguments import ExampleInputs, as_inputs
+from passes.layers import LayerPlan, Masked, channel_dim, cut_of, cuts
+from passes.models import Plain, as_rows, difference, masked_reference, rows_by_name, unhooked_copy
+from passes.options import ExampleInputs, as_inputs
 from sgfx.reporting.reporting import plans_of_pair
 from sgfx.verifying.results import LayerError, Verification
 from sgfx.verifying.trial import Trial, run_trial

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,27 @@ def late():
 def test_every_room_has_its_place():
     places = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert places - {"__init__"} == set(ORDER)
+
+
+def taken_by_sgfx() -> Iterator[tuple[str, str, str]]:
+    """The place, the module of `passes` and the name of everything that `sgfx` imports from there."""
+    for file in sorted((ROOT.parent / "sgfx").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "passes":
+                for alias in node.names:
+                    yield f"{file.relative_to(ROOT.parent)}:{node.lineno}", str(node.module), alias.name
+
+
+def test_rooms_offer_what_sgfx_takes_and_no_more():
+    """The kernel, which is offered to the other rooms, has a face of its own."""
+    taken: dict[str, set[str]] = {room: set() for room in ORDER}
+    for place, module, name in taken_by_sgfx():
+        if module != "passes":  # a room as such
+            assert module.count(".") == 1, f"{place} imports {name} from {module}: import it from the room"
+            taken[module.partition(".")[2]].add(name)
+    for room in ORDER:
+        if (ROOT / room).is_dir() and room != "kernel":
+            assert set(import_module(f"passes.{room}").__all__) == taken[room]
 
 
 @pytest.mark.parametrize("room", ORDER)

@@ -7,7 +7,7 @@ a file that computes something else is not written. ONNX files are run in ONNX R
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,7 @@ def export(
         InputError: the model can't be exported, or the file computes something else than the model.
         FileNotFoundError: there is no such folder.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise InputError(f"{path} must end in .pt2 (torch.export) or .onnx, to say which format is meant")
+    suffix = _checked_suffix(path)
     if form not in (None, "dense", "blocks"):
         raise InputError(f"form must be 'dense', 'blocks' or None, not {form!r}")
     check_model(small)
@@ -108,20 +106,9 @@ def export(
             "small is a frozen model, made for this machine: export the one that it was made from. What runs the file "
             "fuses and chooses for itself"
         )
-    if not isinstance(dynamic_shapes, Mapping | tuple | list | None):
-        raise TypeError(f"dynamic_shapes must be a tuple or dict with an entry for each input, not {dynamic_shapes!r}")
     options = OnnxOptions(opset, input_names, output_names, dynamic_shapes)
     options.check(suffix)
-    given = as_inputs(example_inputs, small)
-    if given is None:
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keywords, not None"
-        )
-    if by_name := by_place_and_name(small, given)[1]:
-        raise InputError(
-            f"files take arguments by position, and {type(small).__name__}.forward takes {next(iter(by_name))!r} by "
-            "name alone: wrap the model in a module that takes it by position"
-        )
+    given = _by_place(small, example_inputs)
     with preserved_random_state(), torch.no_grad():
         model = unhooked_copy(small).cpu().requires_grad_(False).eval()
         inputs = mapped(given, lambda x: x.detach().cpu().clone())
@@ -141,6 +128,28 @@ def export(
             compared = [_compare(run(each), _outputs(model, each), path) for each in every]
     worst, largest = max(each[0] for each in compared), max(each[1] for each in compared)
     return Exported(Path(path), form or DEFAULT_FORM, size, worst, largest, _hooked(small))
+
+
+def _checked_suffix(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise InputError(f"{path} must end in .pt2 (torch.export) or .onnx, to say which format is meant")
+    return suffix
+
+
+def _by_place(small: nn.Module, example_inputs: ExampleInputs) -> Inputs:
+    """The example inputs as positional arguments, which is all that files take."""
+    given = as_inputs(example_inputs, small)
+    if given is None:
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keywords, not None"
+        )
+    if by_name := by_place_and_name(small, given)[1]:
+        raise InputError(
+            f"files take arguments by position, and {type(small).__name__}.forward takes {next(iter(by_name))!r} by "
+            "name alone: wrap the model in a module that takes it by position"
+        )
+    return given
 
 
 def _hooked(model: nn.Module) -> tuple[str, ...]:

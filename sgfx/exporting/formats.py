@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,10 @@ Run: TypeAlias = Callable[[tuple[Any, ...]], list[Tensor]]
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What only ONNX files have: arguments of `sgfx.export` by the same names. `dynamic_shapes` gives names to axes."""
+    """Arguments of `sgfx.export` by the same names; only ONNX files have names and an opset.
+
+    `dynamic_shapes` are for every format, and give names to the axes of ONNX files.
+    """
 
     opset: int | None = None
     input_names: Sequence[str] | None = None
@@ -36,6 +39,10 @@ class OnnxOptions:
 
     def check(self, suffix: str) -> None:
         """Refuse values of the wrong type, and any for another format."""
+        if not isinstance(self.dynamic_shapes, Mapping | tuple | list | None):
+            raise TypeError(
+                f"dynamic_shapes must be a tuple or dict with an entry for each input, not {self.dynamic_shapes!r}"
+            )
         options = {"opset": self.opset, "input_names": self.input_names, "output_names": self.output_names}
         given = [name for name, value in options.items() if value is not None]
         if given and suffix != ".onnx":

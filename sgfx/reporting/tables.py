@@ -91,14 +91,14 @@ class Report:
         from tabulate import tabulate
 
         timed = self.decisions is not None
-        head = ["layer", "groups", "filters", "inputs", "asked", "pruned", "params", "MACs"]
-        head += ["ms dense", "ms", "GMAC/s", "run by"] * timed + ["left alone because"]
-        table = tabulate(
-            [_row(layer, timed) for layer in self.layers],
-            head,
-            colalign=["left"] + ["right"] * (7 + 3 * timed) + ["left"] * (1 + timed),
-            disable_numparse=True,
+        head = {"layer": "left"} | dict.fromkeys(
+            ("groups", "filters", "inputs", "asked", "pruned", "params", "MACs"), "right"
         )
+        if timed:
+            head |= {"ms dense": "right", "ms": "right", "GMAC/s": "right", "run by": "left"}
+        head["left alone because"] = "left"
+        rows = [_row(layer, timed) for layer in self.layers]
+        table = tabulate(rows, list(head), colalign=list(head.values()), disable_numparse=True)
         shares = {
             "connections": self.connections_removed,
             "parameters": self.params_removed,
@@ -130,7 +130,7 @@ def _row(layer: LayerReport, timed: bool) -> list[str]:
     filters = [size for size, _ in layer.block_sizes]
     inputs = [size for _, size in layer.block_sizes]
     grouped = layer.reason is None
-    return [
+    row = [
         layer.path,
         str(layer.groups) if grouped else "",
         _span(filters),
@@ -139,10 +139,11 @@ def _row(layer: LayerReport, timed: bool) -> list[str]:
         _percent(layer.achieved_ratio) if grouped else "",
         f"{short(layer.params_dense)} → {short(layer.params)}" if grouped else short(layer.params),
         f"{short(layer.macs_dense)} → {short(layer.macs)}" if grouped else short(layer.macs),
-        *[f"{ms:.3f}" if ms is not None else "" for ms in (layer.ms_dense, layer.ms)] * timed,
-        *["" if layer.gmacs_per_second is None else f"{layer.gmacs_per_second:.1f}", layer.way] * timed,
-        layer.reason or "",
     ]
+    if timed:
+        row += ["" if ms is None else f"{ms:.3f}" for ms in (layer.ms_dense, layer.ms)]
+        row += ["" if layer.gmacs_per_second is None else f"{layer.gmacs_per_second:.1f}", layer.way]
+    return [*row, layer.reason or ""]
 
 
 def _span(sizes: list[int]) -> str:

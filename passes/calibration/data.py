@@ -16,7 +16,7 @@ from passes.infra.random_state import own_random_state
 from passes.models.copying import copy_inputs
 from passes.models.detectors import is_detector
 from passes.models.values import mapped, tensors_in
-from passes.options.arguments import bound
+from passes.options.arguments import bound_arguments
 
 BATCH = 32  # examples: large enough to keep the cores busy, small enough for memory
 JUDGED = 4  # one example in so many
@@ -119,7 +119,7 @@ def _named(model: nn.Module, batch: Mapping[str, Any], where: str) -> Arguments:
             f"{where} is a dict with the keys {sorted(map(str, batch))}, and {type(model).__name__}.forward takes none "
             f"of them: it takes {', '.join(map(repr, parameters))}"
         )
-    return bound(model, (), known, where)
+    return bound_arguments(model, (), known, where)
 
 
 def _arguments(model: nn.Module, batch: Any, required: int, name: str, number: int) -> Arguments:

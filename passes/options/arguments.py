@@ -36,18 +36,18 @@ def as_inputs(example_inputs: object, model: nn.Module) -> tuple[Any, ...] | Non
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     if isinstance(example_inputs, Mapping):
-        return bound(model, (), example_inputs)
+        return bound_arguments(model, (), example_inputs)
     if not isinstance(example_inputs, tuple):
         raise TypeError(
             "example_inputs must be a tensor, a tuple of positional arguments (the last may be a dict of keyword "
             f"arguments), or such a dict, not {type(example_inputs).__name__}"
         )
     if example_inputs and isinstance(example_inputs[-1], Mapping):
-        return bound(model, example_inputs[:-1], example_inputs[-1])
+        return bound_arguments(model, example_inputs[:-1], example_inputs[-1])
     return example_inputs
 
 
-def bound(
+def bound_arguments(
     model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any], what: str = "example_inputs"
 ) -> tuple[Any, ...]:
     """The arguments of a call by position and by keywords; defaults stand in the gaps. Messages call them `what`."""
@@ -101,14 +101,14 @@ def call_model(model: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     return model(*args, **keywords)
 
 
-def collected(model: nn.Module, given: int) -> int:
+def count_collected(model: nn.Module, given: int) -> int:
     """How many of so many arguments go into ``*args``."""
     parameters = inspect.signature(model.forward).parameters.values()
     count = sum(p.kind in BY_POSITION for p in parameters)
     return max(0, given - count) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else 0
 
 
-def fixed(model: nn.Module, given: int, inputs: tuple[Any, ...] = ()) -> dict[str, Any]:
+def constant_parameters(model: nn.Module, given: int, inputs: tuple[Any, ...] = ()) -> dict[str, Any]:
     """The parameters that are no tensors of a call with so many arguments, with their values.
 
     These are those that keep their default, and flags among the `inputs`: None, true or false, strings.

@@ -27,7 +27,7 @@ from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
 from passes.layers.as_torch_made_it import change_of
 from passes.models.copying import unhooked_copy
-from passes.options.arguments import collected, fixed
+from passes.options.arguments import constant_parameters, count_collected
 from passes.tracing.opening import (
     UNTRACEABLE,
     as_they_are,
@@ -143,7 +143,7 @@ class Tracing:
     def whole(self, example_inputs: tuple[object, ...] | None = None) -> Region:
         """Trace the whole model; see `trace`."""
         given = example_inputs or ()
-        region = self.part("", len(given), fixed(self._model, len(given), given))
+        region = self.part("", len(given), constant_parameters(self._model, len(given), given))
         if example_inputs is not None:
             try:
                 propagate_shapes(region.graphs["eval"], example_inputs)
@@ -187,7 +187,7 @@ class Tracing:
         opening = {each: layer for each, layer in layers.items() if join(path, each) not in left}
         stand_ins = traceable(layers)
         tracer = Tracer(path, self._leaves, self.hooked, {each: stand_ins.get(each, opening[each]) for each in opening})
-        tracer.collected = collected(root, given)
+        tracer.collected = count_collected(root, given)
         with _released(tracer):
             try:
                 with (
@@ -197,7 +197,9 @@ class Tracing:
                     replaced(root, stand_ins),
                 ):
                     warnings.simplefilter("ignore")  # they would be about the tracing, not about the model
-                    graph = tracer.trace(root, concrete_args=fixed(root, given) if kept is None else dict(kept))
+                    graph = tracer.trace(
+                        root, concrete_args=constant_parameters(root, given) if kept is None else dict(kept)
+                    )
             except Exception as error:
                 let_memory_errors_pass(error)
                 if tracer.refused is not None:  # so are its likes, very likely

@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "train a dense model",
     "compress": "regroup a trained model, and train it on",
     "evaluate": "the accuracy and size of what a run has made",
-    "tables": "the paper's Tables 1 to 4: published sizes beside the compiler's",
+    "tables": "the paper's Tables 1 to 6: published sizes beside the compiler's",
 }
 
 RESUMED = "; the same command goes on from what is in the folder of the run"

@@ -1,4 +1,4 @@
-"""`sgfx tables`: the Params and FLOPs columns of the paper's Tables 1 to 4, beside what the compiler yields.
+"""`sgfx tables`: the Params and FLOPs columns of the paper's Tables 1 to 6, beside what the compiler yields.
 
 Random weights suffice: sizes depend on the ratios, not on what the weights are. Parameters are counted as the paper
 counts them: kept weights, two for the batch norm of each live filter, and the biases of live outputs. That leaves out
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,28 +23,17 @@ from passes.layers import LayerPlan, is_linear, plans
 from passes.models import copy_model
 from passes.options import SETTINGS, checked_settings
 from passes.pipeline import ANALYSIS, GROUPING, PRUNING
+from sgfx.published import Table
 from sgfx.reporting.counting import count_macs
-
-Published = tuple[str, float, float, float, float]  # model, conv ratio, linear ratio, parameters, MACs
-
-
-@dataclass(frozen=True)
-class Table:
-    """One of the paper's tables: a network, how it is compressed, and what was published."""
-
-    number: int
-    title: str
-    model: str
-    size: int
-    groups: int
-    rows: tuple[Published, ...]
-    options: dict[str, int] = field(default_factory=dict)
-    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: published, compiled (counted as the paper does), and the true parameter count."""
+    """One line of a table: published, compiled (counted as the paper does), and the true parameter count.
+
+    Attributes:
+        readings: of a transferred network, parameters under each reading of its head; `params` is the first.
+    """
 
     table: int
     model: str
@@ -54,6 +44,7 @@ class Row:
     published_macs: float
     macs: int
     true_params: int
+    readings: dict[str, int] = field(default_factory=dict)
 
     @property
     def params_difference(self) -> float:
@@ -70,83 +61,12 @@ class Row:
         return asdict(self) | {"params_difference": self.params_difference, "macs_difference": self.macs_difference}
 
 
-TABLES = (
-    Table(
-        1,
-        "DenseNet-121 on CIFAR-10, 32×32, 8 groups",
-        "densenet121_cifar",
-        32,
-        8,
-        (
-            ("Baseline", 0, 0, 6.89e6, 888.36e6),
-            ("DenseNet (Conv75/FC75)", 0.75, 0.75, 1.71e6, 221.90e6),
-            ("DenseNet (Conv80/FC80)", 0.80, 0.80, 1.37e6, 177.72e6),
-            ("DenseNet (Conv85/FC85)", 0.85, 0.85, 1.03e6, 134.10e6),
-            ("DenseNet (Conv90/FC90)", 0.90, 0.90, 0.68e6, 89.77e6),
-            ("DenseNet (Conv95/FC95)", 0.95, 0.95, 0.34e6, 45.76e6),
-        ),
-    ),
-    Table(
-        2,
-        "DenseNet-121 on CIFAR-100, 32×32, 8 groups",
-        "densenet121_cifar",
-        32,
-        8,
-        (
-            ("Baseline", 0, 0, 6.99e6, 888.45e6),
-            ("DenseNet (Conv70/FC70)", 0.70, 0.70, 2.10e6, 266.60e6),
-            ("DenseNet (Conv75/FC75)", 0.75, 0.75, 1.75e6, 222.14e6),
-            ("DenseNet (Conv80/FC80)", 0.80, 0.80, 1.40e6, 176.46e6),
-            ("DenseNet (Conv85/FC85)", 0.85, 0.85, 1.06e6, 133.46e6),
-            ("DenseNet (Conv90/FC90)", 0.90, 0.90, 0.71e6, 89.86e6),
-            ("DenseNet (Conv95/FC95)", 0.95, 0.95, 0.36e6, 45.67e6),
-        ),
-        options={"num_classes": 100},
-    ),
-    Table(
-        3,
-        "ResNet-50 on ImageNet, 224×224, 16 groups, downsample convolutions dense",
-        "resnet50",
-        224,
-        16,
-        (
-            ("Baseline", 0, 0, 25.55e6, 4.09e9),
-            ("ResNet-G (Conv60/FC60)", 0.6, 0.6, 11.88e6, 1.91e9),
-            ("ResNet-G (Conv70/FC60)", 0.7, 0.6, 9.83e6, 1.55e9),
-            ("ResNet-G (Conv80/FC60)", 0.8, 0.6, 7.76e6, 1.20e9),
-            ("ResNet-LG (Conv60/FC60)", 0.6, 0.6, 11.87e6, 1.91e9),
-            ("ResNet-LG (Conv70/FC60)", 0.7, 0.6, 9.83e6, 1.56e9),
-            ("ResNet-LG (Conv80/FC60)", 0.8, 0.6, 7.76e6, 1.20e9),
-        ),
-        ignore=("*.downsample",),
-    ),
-    Table(
-        4,
-        "DenseNet-201 on ImageNet, 224×224, 16 groups",
-        "densenet201",
-        224,
-        16,
-        (
-            ("Baseline", 0, 0, 19.82e6, 4.29e9),
-            ("DenseNet-G (Conv70/FC60)", 0.7, 0.6, 6.00e6, 1.34e9),
-            ("DenseNet-G (Conv80/FC60)", 0.8, 0.6, 4.32e6, 0.99e9),
-            ("DenseNet-LG (Conv70/FC60)", 0.7, 0.6, 6.00e6, 1.34e9),
-            ("DenseNet-LG (Conv80/FC60)", 0.8, 0.6, 4.32e6, 0.99e9),
-        ),
-    ),
-)
-
-
 def rows(table: Table) -> Iterator[Row]:
     """Compile the network of `table` at each of its ratios, and count.
 
     The layers are grouped once; only truncation and lowering run again for each ratio.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = models_zoo.create(table.model, **table.options).eval()
-    settings = checked_settings(model, groups=table.groups, ratio=0.0, ignore=table.ignore)
-    grouped = run_passes((*ANALYSIS, *GROUPING), Compilation(model, {SETTINGS: settings}))
+    grouped, width = _grouped(table.model, table.groups, table.ignore, tuple(table.options.items()), table.head)
     image = (torch.zeros(1, 3, table.size, table.size),)
     counted: dict[tuple[float, float], tuple[int, int, int]] = {}
     for label, conv_ratio, linear_ratio, published_params, published_macs in table.rows:
@@ -155,7 +75,37 @@ def rows(table: Table) -> Iterator[Row]:
             small = _compiled(grouped, *ratios)
             counted[ratios] = paper_params(small), count_macs(small, image)[""], _numel(small)
         params, macs, true = counted[ratios]
-        yield Row(table.number, label, *ratios, published_params, params, published_macs, macs, true)
+        kept = 1 - linear_ratio
+        heads = {each.name: round(each.outputs * (width * (kept if each.pruned else 1) + 1)) for each in table.readings}
+        likely = next(iter(heads.values()), 0)
+        readings = {name: params + head for name, head in heads.items()}
+        yield Row(
+            table.number,
+            label,
+            *ratios,
+            published_params,
+            params + likely,
+            published_macs,
+            macs,
+            true + likely,
+            readings,
+        )
+
+
+@lru_cache(maxsize=1)  # Tables 5 and 6 are of the same two networks
+def _grouped(
+    name: str, groups: int, ignore: tuple[str, ...], options: tuple[tuple[str, int], ...], head: str | None
+) -> tuple[Compilation, int]:
+    """A network with its layers grouped, and how many channels the layer `head` reads, which is taken out of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models_zoo.create(name, **dict(options)).eval()
+    width = 0
+    if head is not None:
+        width = model.get_submodule(head).in_features  # type: ignore[assignment]
+        model.set_submodule(head, nn.Identity())
+    settings = checked_settings(model, groups=groups, ratio=0.0, ignore=ignore)
+    return run_passes((*ANALYSIS, *GROUPING), Compilation(model, {SETTINGS: settings})), width
 
 
 def _compiled(grouped: Compilation, conv_ratio: float, linear_ratio: float) -> nn.Module:
@@ -192,19 +142,21 @@ def format_table(table: Table, lines: list[Row]) -> str:
     """One table for the terminal."""
     from tabulate import tabulate
 
-    head = ["model", "params, paper", "compiled", "difference", "true count", "MACs, paper", "compiled", "difference"]
-    body = [
-        [
-            row.model,
-            f"{row.published_params / 1e6:.2f}M",
-            f"{row.params / 1e6:.3f}M",
-            f"{100 * row.params_difference:+.1f}%",
-            f"{row.true_params / 1e6:.3f}M",
-            f"{row.published_macs / 1e6:.2f}M",
-            f"{row.macs / 1e6:.2f}M",
-            f"{100 * row.macs_difference:+.1f}%",
-        ]
-        for row in lines
-    ]
-    text = tabulate(body, head, colalign=["left"] + ["right"] * 7, disable_numparse=True)
+    params = list(lines[0].readings) or ["compiled"]
+    head = ["model", "params, paper"]
+    head += [column for name in params for column in (name, "difference")]
+    head += ["true count", "MACs, paper", "compiled", "difference"]
+    body = []
+    for row in lines:
+        counts = list(row.readings.values()) or [row.params]
+        cells = [row.model, f"{row.published_params / 1e6:.2f}M"]
+        for count in counts:
+            cells += [f"{count / 1e6:.3f}M", _percent(count / row.published_params - 1)]
+        cells += [f"{row.true_params / 1e6:.3f}M", f"{row.published_macs / 1e6:.2f}M", f"{row.macs / 1e6:.2f}M"]
+        body.append([*cells, _percent(row.macs_difference)])
+    text = tabulate(body, head, colalign=["left"] + ["right"] * (len(head) - 1), disable_numparse=True)
     return f"Table {table.number}. {table.title}\n{text}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f}%"

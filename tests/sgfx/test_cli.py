@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from sgfx import __version__, cli, tables
+from sgfx import __version__, cli, published
 from sgfx.commands import tables as tables_command
 
 
 @pytest.fixture
 def one_small_table(monkeypatch):
     """One table of a network that compiles in no time, in place of the paper's."""
-    published = (("Baseline", 0, 0, 61706, 416520), ("LeNet-5 (Conv50/FC50)", 0.5, 0.5, 31000, 210000))
-    table = tables.Table(9, "LeNet-5", "lenet5", 32, 4, published, options={"in_channels": 3})
-    monkeypatch.setattr(tables, "TABLES", (table,))
+    lines = (("Baseline", 0, 0, 61706, 416520), ("LeNet-5 (Conv50/FC50)", 0.5, 0.5, 31000, 210000))
+    table = published.Table(9, "LeNet-5", "lenet5", 32, 4, lines, options={"in_channels": 3})
+    monkeypatch.setattr(published, "TABLES", (table,))
 
 
 def test_tables_prints_a_table(one_small_table, capsys):

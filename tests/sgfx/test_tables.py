@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 import sgfx
-from sgfx.tables import TABLES, format_table, paper_params, rows
+from sgfx.published import TABLES, Reading, Table
+from sgfx.tables import format_table, paper_params, rows
 
 # Expected from the arithmetic on the dense models: (conv, fc) ratio to parameters as the paper counts them, and MACs.
 RESNET50 = {
@@ -59,3 +60,25 @@ def test_a_table_prints_published_and_compiled_sizes_side_by_side():
     assert "25.55M" in text
     assert "25.557M" in text
     assert "+0.0%" in text
+
+
+def test_a_transferred_network_is_counted_under_each_reading_of_its_head():
+    readings = (Reading("dense", 30), Reading("pruned", 30, pruned=True))
+    lines = (("Baseline", 0, 0, 1e6, 40e6), ("half", 0.5, 0.6, 1e6, 20e6))
+    table = Table(9, "ResNet-20 on birds", "resnet20", 32, 4, lines, head="linear", readings=readings)
+    dense, half = found = list(rows(table))
+    trunk = 269_722 - 65 * 10
+    assert dense.readings == {"dense": trunk + 65 * 30, "pruned": trunk + 65 * 30}
+    assert (dense.params, dense.true_params) == (trunk + 65 * 30,) * 2
+    assert dense.macs == 40_551_040 - 64 * 10
+    assert half.readings["dense"] - half.readings["pruned"] == round(0.6 * 64 * 30)
+    assert half.params == half.readings["dense"] < dense.params
+    text = format_table(table, found)
+    assert text.splitlines()[1].split("  ")[0] == "model"
+    assert "pruned" in text
+
+
+def test_the_papers_baselines_have_the_likely_head():
+    for table in TABLES[4:6]:
+        trunk = 25_557_032 - 2_049_000
+        assert trunk + 2049 * table.readings[0].outputs == pytest.approx(table.rows[0][3], rel=0.003)

@@ -26,6 +26,7 @@ from passes.freezing.rewrites.norms import FoldNorms, KeepNorms
 from passes.freezing.rewrites.nothing import DropNothing
 from passes.freezing.rewrites.sums import FuseSums
 from passes.freezing.rewrites.thresholds import UseThresholds
+from passes.freezing.stepping import Stepping
 from passes.infra.compilation import Pass
 from passes.infra.progress import Progress
 from passes.tracing.regions import Trace
@@ -62,7 +63,7 @@ REWRITES: tuple[Pass, ...] = (
     FoldConstants(), UseThresholds(), JoinConcatenations(), KeepLayouts(),
 )  # fmt: skip
 REWRITING: tuple[Pass, ...] = (RemoveUnread(), Trace(), Rewriting(REWRITES))
-ARRANGING: tuple[Pass, ...] = (Placing(), Chaining())
+ARRANGING: tuple[Pass, ...] = (Stepping(), Placing(), Chaining())
 
 
 def freezing(progress: Progress) -> tuple[Pass, ...]:

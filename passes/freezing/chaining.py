@@ -1,6 +1,7 @@
-"""Chaining: packed layers that follow each other in the graph become one module, which runs them in one call.
+"""Chaining: steps that follow each other in the graph become one module, which runs them in one call.
 
-1. Layers take part as long as no other operation stands between them in the order of the graph.
+1. Packed layers and other steps (see `stepping`) take part as long as no other operation stands between them in the
+   order of the graph.
 2. Of a concatenation that grows (see `concatenation`), a step that adds nothing but results of the chain is part of it
    too: the layers write where the step would copy, and read the channels that are there by then.
 3. What a later operation reads is an output of the chain; all else stays within it.
@@ -14,18 +15,16 @@ from typing import Any
 from torch import fx
 
 from passes.freezing.choosing import LAYERS
-from passes.freezing.placing import packed_calls
 from passes.freezing.rewrites.concatenation import append
 from passes.freezing.rewrites.rewrite import SHAPES, graph_of
+from passes.freezing.stepping import rows, steps_of
 from passes.infra.compilation import Compilation, Pass
-from passes.kernel import PackedConv2d
 from passes.kernel.packed_chain import PackedChain
 from passes.kernel.program import Wires
-from passes.tracing.operations import module_of
 
 
 class Chaining(Pass):
-    """Run packed layers that follow each other in one call."""
+    """Run steps that follow each other in one call."""
 
     name = "chaining"
     requires = (SHAPES, LAYERS)
@@ -37,38 +36,19 @@ class Chaining(Pass):
 
     def check(self, compilation: Compilation) -> str | None:
         """None are left that follow each other."""
-        packed = packed_calls(graph_of(compilation))
+        packed = steps_of(graph_of(compilation))
         left = (node for node in packed if node.next in packed)
         return next((f"{node.name} is not in one call with what follows it" for node in left), None)
 
 
 def chain(graph: fx.GraphModule) -> None:
-    """Put packed layers of `graph` that follow each other into chains, in place."""
-    runs: list[list[fx.Node]] = [[]]
-    for node in graph.graph.nodes:
-        if _is_packed(graph, node) or _adds_results_of(node, runs[-1]):
-            runs[-1].append(node)
-        else:
-            runs.append([])
-    long = [run for run in runs if sum(_is_packed(graph, node) for node in run) > 1]
-    for index, run in enumerate(long):
-        _put_together(graph, run, f"chain_{index}")
+    """Put steps of `graph` that follow each other into chains, in place."""
+    long = [row for row in rows(graph, set()) if sum(node.op == "call_module" for node in row) > 1]
+    for index, row in enumerate(long):
+        _put_together(graph, row, f"chain_{index}")
     graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
-
-
-def _is_packed(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node calls a packed convolution."""
-    return type(module_of(graph, node)) is PackedConv2d
-
-
-def _adds_results_of(node: fx.Node, run: list[fx.Node]) -> bool:
-    """Whether a step of a growing concatenation adds nothing but results of layers of `run`, for nobody else."""
-    if node.target is not append or any(node in user.args[1:] for user in node.users):  # no residual has more channels
-        return False
-    parts: Any = node.args[1]
-    return bool(parts) and all(part in run and part.op == "call_module" and len(part.users) == 1 for part in parts)
 
 
 def _put_together(graph: fx.GraphModule, run: list[fx.Node], name: str) -> None:

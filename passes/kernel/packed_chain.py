@@ -1,4 +1,4 @@
-"""Chains: packed layers of a network that follow each other, run as one program."""
+"""Chains: steps of a network that follow each other, run as one program."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.kernel.packed_layer import PackedConv2d, Programs, is_traced
+from passes.kernel.plane_step import PlaneStep
 from passes.kernel.program import Wires
 
 
 class PackedChain(nn.Module):
-    """Packed convolutions that call each other's results; those that nobody else reads are never handed out.
+    """Packed layers and steps that read each other's results; those that nobody else reads are never handed out.
 
     Args:
-        layers: the layers, in the order in which they run.
-        wires: for each layer, what it reads, adds and writes.
-        outputs: the layers whose results are returned.
+        layers: the layers and steps, in the order in which they run.
+        wires: for each, what it reads, adds and writes.
+        outputs: those whose results are returned.
     """
 
     _is_impure = True  # for torch.fx: it may write into its inputs
 
-    def __init__(self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int]) -> None:
+    def __init__(
+        self, layers: Sequence[PackedConv2d | PlaneStep], wires: Sequence[Wires], outputs: Sequence[int]
+    ) -> None:
         """Take over the layers."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -47,11 +50,12 @@ class PackedChain(nn.Module):
         known = list(inputs)
         modules: list[Any] = list(self.layers)
         for layer, wires in zip(modules, self.wires, strict=True):
-            geometry = layer.form.geometry
-            x = known[wires.reads][:, : geometry.in_channels]
+            x = known[wires.reads]
+            if isinstance(layer, PackedConv2d):
+                x = x[:, : layer.form.geometry.in_channels]  # of a tensor that grows
             y = layer(x, None if wires.adds is None else known[wires.adds])
             if wires.into is not None:
                 number, first = wires.into
-                known[number][:, first : first + geometry.out_channels].copy_(y)
+                known[number][:, first : first + y.shape[1]].copy_(y)
             known.append(y)
         return [known[len(inputs) + index] for index in self.outputs]

@@ -17,7 +17,7 @@ from passes.kernel.form import NO_PLACEMENT, Form, Placement, plan, prepare
 from passes.kernel.layout.geometry import Geometry
 from passes.kernel.layout.packing import Block, Tables, pack
 from passes.kernel.layout.schedule import DEFAULT_TILING, Tiling
-from passes.kernel.program import Packed, Program, Wires, program, share_out
+from passes.kernel.program import Program, Step, Wires, program, share_out
 from passes.kernel.runtime import threads
 
 _MOST_PROGRAMS = 256  # of one module: pictures may come in any size, for as long as a server runs
@@ -32,9 +32,9 @@ def is_traced(x: Tensor) -> bool:
 
 
 class Programs:
-    """The programs of some layers, by the shapes of their inputs.
+    """The programs of some steps, by the shapes of their inputs.
 
-    A program is made anew if a layer has another form, or its tensors lie elsewhere than when it was made. Programs
+    A program is made anew if a step has another form, or its tensors lie elsewhere than when it was made. Programs
     point to memory of this process, so a copy has none.
     """
 
@@ -47,17 +47,17 @@ class Programs:
         return Programs, ()
 
     def run(
-        self, layers: Sequence[PackedConv2d], wires: Sequence[Wires], outputs: Sequence[int],
+        self, layers: Sequence[Any], wires: Sequence[Wires], outputs: Sequence[int],
         inputs: Sequence[Tensor], outs: Sequence[Tensor] | None = None,
     ) -> Sequence[Tensor]:  # fmt: skip
-        """Run the layers; see `program` and `share_out` for the arguments."""
-        now = [id(layer.form) for layer in layers] + [x.data_ptr() for layer in layers for x in layer.tables]
+        """Run the steps; see `program` and `share_out` for the arguments."""
+        now = [id(layer.form) for layer in layers] + [x.data_ptr() for layer in layers for x in layer.tables or ()]
 
         def find(shapes: Sequence[Sequence[int]], team: int) -> Program:
             key = (*map(tuple, shapes), team)
             made, found = self._known.get(key, (None, None))
             if found is None or made != now:
-                found = program([Packed(each.form, each.tables) for each in layers], wires, outputs, shapes, team)
+                found = program([Step(each.form, each.tables) for each in layers], wires, outputs, shapes, team)
                 if len(self._known) >= _MOST_PROGRAMS:
                     self._known.clear()
                 self._known[key] = now, found  # the program keeps all parts, so that no other object gets their ids
@@ -164,6 +164,6 @@ def tilings(packed: PackedConv2d, shape: Sequence[int]) -> list[Tiling]:
     found: dict[tuple[int, int], Tiling] = {}
     for tiling in (DEFAULT_TILING, Tiling(strip=14), Tiling(strip=56), Tiling(tasks=2)):
         form = replace(packed.form, tiling=tiling)
-        call = plan(form, tuple(shape), False, len(packed.blocks) - 1, threads.available()).template
+        call = plan(form, tuple(shape), False, packed.tables.structure(), threads.available()).template
         found.setdefault((call.strips, call.chunks), tiling)
     return list(found.values())

@@ -1,7 +1,7 @@
-"""Programs: layers that run one after the other in one call, and where their tensors lie.
+"""Programs: steps that run one after the other in one call, and where their tensors lie.
 
-Between two layers Python would first have to be fetched into the caches again, which the layers fill: some 20 µs, as
-long as a small layer takes. So layers are planned once for inputs of one shape, as an array of `Call` in which only
+Between two calls Python would first have to be fetched into the caches again, which the layers fill: some 20 µs, as
+long as a small layer takes. So steps are planned once for inputs of one shape, as an array of `Call` in which only
 addresses are missing. A call copies that array, fills them in, and hands it to the threads.
 
 Results that are read within the program only, copied planes and tiles lie in one block of memory, the *arena*, which is
@@ -26,22 +26,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from passes.errors import InputError
-from passes.kernel.form import Form, Plan, compiled, plan
+from passes.kernel.form import Form, Plan, PlaneForm, compiled, plan, plan_plane
 from passes.kernel.layout.memory import Arena, empty
-from passes.kernel.layout.packing import Tables
+from passes.kernel.layout.packing import Structure, Tables
 from passes.kernel.runtime import threads
-from passes.kernel.runtime.call_record import Call
+from passes.kernel.runtime.call_record import LAYER, PIXEL, Call
 
 _WORDS, _ALONE = ctypes.sizeof(Call) // 8, Call.alone.offset // 8
 _CALLS, _ARENA, _GIVEN = range(3)  # what addresses start from; of each tensor given, its address and its image stride
 
 
 class Wires(NamedTuple):
-    """Which tensors a layer of a program works on. Their numbers: the inputs come first, then the layers' results.
+    """Which tensors a step of a program works on. Their numbers: the inputs come first, then the steps' results.
 
     Attributes:
-        reads: number of the tensor that it reads; of a wider one it reads the first channels.
-        adds: number of the residual, or None.
+        reads: number of the tensor that it reads; of a wider one a layer reads the first channels.
+        adds: number of what it adds, or multiplies by, or None.
         into: where it writes, if that is within one of the inputs: its number, and the first of the channels.
     """
 
@@ -50,11 +50,18 @@ class Wires(NamedTuple):
     into: tuple[int, int] | None = None
 
 
-class Packed(NamedTuple):
-    """A packed layer: how it is computed, and its tables."""
+class Step(NamedTuple):
+    """A step: how it is computed, and the tables that a layer has."""
 
-    form: Form
-    tables: Tables
+    form: Form | PlaneForm
+    tables: Tables | None = None
+
+    def plan(self, shape: tuple[int, ...], has_second: bool, team: int) -> Plan:
+        """The plan for inputs of `shape`, on `team` threads."""
+        if isinstance(self.form, PlaneForm):
+            return plan_plane(self.form, shape, has_second, team)
+        structure = Structure(0) if self.tables is None else self.tables.structure()
+        return plan(self.form, shape, has_second, structure, team)
 
 
 class _Link(NamedTuple):
@@ -67,7 +74,7 @@ class _Link(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Layers for inputs of one shape.
+    """Steps for inputs of one shape.
 
     Attributes:
         calls: int64, an array of `Call`, in which the addresses of tensors are missing that belong to a call.
@@ -75,8 +82,8 @@ class Program:
         arena: size of the arena, in numbers.
         threads: threads that have something to do.
         out_shapes: shapes of the results that leave the program, margins included.
-        folded: whether some layer puts the pictures of the batch one after the other.
-        kept: plans and packed layers: what the calls point to.
+        folded: whether some layer puts the pictures of the batch one after the other, or would do so for a batch.
+        kept: plans and steps: what the calls point to.
     """
 
     calls: NDArray[np.int64]
@@ -91,25 +98,26 @@ class Program:
 
 
 def program(
-    layers: Sequence[Packed], wires: Sequence[Wires], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int
+    steps: Sequence[Step], wires: Sequence[Wires], outputs: Sequence[int], shapes: Sequence[Sequence[int]], team: int
 ) -> Program:
-    """Plan layers that run one after the other.
+    """Plan steps that run one after the other.
 
     Args:
-        layers: in the order in which they run.
-        wires: of each layer.
-        outputs: the layers whose results leave the program.
+        steps: in the order in which they run.
+        wires: of each step.
+        outputs: the steps whose results leave the program.
         shapes: of the inputs, margins included.
         team: number of threads.
     """
     known, plans = [tuple(shape) for shape in shapes], []
     wide = {each.into[0] for each in wires if each.into is not None}
-    for (form, tables), (reads, adds, _) in zip(layers, wires, strict=True):
-        _check("weight", tables.weight)
+    for step, (reads, adds, _) in zip(steps, wires, strict=True):
+        if step.tables is not None:
+            _check("weight", step.tables.weight)
         shape = known[reads]
-        if reads in wide:
-            shape = (shape[0], form.geometry.in_channels, *shape[2:])
-        found = plan(form, shape, adds is not None, len(tables.blocks) - 1, team)
+        if reads in wide and isinstance(step.form, Form):
+            shape = (shape[0], step.form.geometry.in_channels, *shape[2:])
+        found = step.plan(shape, adds is not None, team)
         if adds is not None and known[adds] != found.residual_shape:
             raise InputError(f"the residual must be {list(found.residual_shape or ())}, not {list(known[adds])}")
         plans.append(found)
@@ -117,15 +125,15 @@ def program(
     calls = (Call * len(plans))(*(each.template for each in plans))
     used = max(each.schedule.threads for each in plans)
     calls[0].steps, calls[0].wait = len(plans), threads.barrier() if used > 1 else 0
-    for call, (_, tables) in zip(calls, layers, strict=True):
-        for name, tensor in tables._asdict().items():
+    for call, step in zip(calls, steps, strict=True):
+        for name, tensor in () if step.tables is None else step.tables._asdict().items():
             setattr(call, name, tensor.data_ptr())
     given = {number: number for number in range(len(shapes))}
     given |= {len(shapes) + layer: len(shapes) + index for index, layer in enumerate(outputs)}
     links, arena = _placed(wires, plans, calls, given, known)
     words, bases, offsets = np.array(links, dtype=np.int64).T.copy()
-    out_shapes, kept = tuple(plans[layer].out_shape for layer in outputs), (*plans, *layers)
-    folded = any(each.schedule.folded for each in plans)
+    out_shapes, kept = tuple(plans[layer].out_shape for layer in outputs), (*plans, *steps)
+    folded = any(each.schedule.folded for each in plans) or all(each.template.kind == PIXEL for each in plans)
     return Program(np.frombuffer(bytes(calls), np.int64), words, bases, offsets, arena, used, out_shapes, folded, kept)
 
 
@@ -229,6 +237,8 @@ def _placed(
             aside.append(arena.take(each.schedule.copied))
             link(index, "picture", "picture_image", reads, each.reads_from)
             links.extend(_Link(_word(index, name), _ARENA, 4 * aside[-1]) for name in ("planes", "x"))
+        elif call.kind != LAYER:
+            link(index, "picture", "picture_image", reads, each.reads_from)
         else:
             link(index, "x", "x_image", reads)
         if each.schedule.tiles:

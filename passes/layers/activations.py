@@ -33,6 +33,10 @@ ACTIVATIONS = {
     "relu6": Activation(nn.ReLU6, (F.relu6,), lambda y: F.hardtanh_(y, 0.0, 6.0)),
     "hardswish": Activation(nn.Hardswish, (F.hardswish,), lambda y: F.hardswish(y, inplace=True)),
     "silu": Activation(nn.SiLU, (F.silu,), lambda y: F.silu(y, inplace=True)),
+    "hardsigmoid": Activation(nn.Hardsigmoid, (F.hardsigmoid,), lambda y: F.hardsigmoid(y, inplace=True)),
+    "sigmoid": Activation(
+        nn.Sigmoid, (torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), torch.sigmoid_
+    ),
 }
 BY_MODULE = {each.module: name for name, each in ACTIVATIONS.items()}
 BY_CALL = {call: name for name, each in ACTIVATIONS.items() for call in each.calls}

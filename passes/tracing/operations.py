@@ -11,6 +11,7 @@ from passes.layers.activations import BY_CALL, BY_MODULE
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_")
 _NOTHING = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -31,6 +32,12 @@ def passes_on(module: nn.Module | None) -> bool:
 def is_sum(node: fx.Node) -> bool:
     """Whether a node adds its two arguments. A module is what its class says, whatever its name."""
     called = node.op in ("call_function", "call_method") and node.target in _SUMS
+    return called and len(node.args) == 2 and not node.kwargs
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies its two arguments."""
+    called = node.op in ("call_function", "call_method") and node.target in _PRODUCTS
     return called and len(node.args) == 2 and not node.kwargs
 
 

@@ -187,7 +187,7 @@ class Taps(nn.Module):
         first = self.a(x)
         second = self.b(first)
         third = self.c(second) + first
-        return self.d(torch.sigmoid(first)), third
+        return self.d(torch.tanh(first)), third
 
 
 @needs_kernel
@@ -273,7 +273,7 @@ def test_bad_input():
     with pytest.raises(InputError, match="do not fit the model at layer 'conv2'"):
         sgfx.freeze(model, IMAGES.half())
     frozen = sgfx.freeze(model, IMAGES)
-    with pytest.raises(InputError, match=r"frozen already, at '0\.frozen\.stem': freeze the one that it was made"):
+    with pytest.raises(InputError, match=r"frozen already, at '0\..*': freeze the one that it was made"):
         sgfx.freeze(nn.Sequential(frozen, nn.ReLU()), IMAGES)
     with pytest.raises(InputError, match="small is a frozen model: save the one that it was made from"):
         sgfx.save(frozen, "frozen.safetensors")

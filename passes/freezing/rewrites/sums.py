@@ -61,7 +61,7 @@ def _unlike(place: Place, summands: list[fx.Node]) -> str | None:
         return "it adds a tensor to itself"
     if shape_of(first) != shape_of(second):
         return f"its summands have the shapes {list(shape_of(first))} and {list(shape_of(second))}"
-    if _inputs_behind(first) != _inputs_behind(second):
+    if inputs_behind(first) != inputs_behind(second):
         return "its summands follow different inputs of the model, which may differ in their batch"
     if place.node.target in IN_PLACE and is_held_elsewhere(first, place.node):
         return "it changes a tensor in place that is read elsewhere"
@@ -87,7 +87,7 @@ def _layer_obstacle(place: Place, summand: fx.Node) -> str | None:
     return done_behind(summand, recipe) or other_readers(summand, f"the output of layer {recipe.path!r}")
 
 
-def _inputs_behind(node: fx.Node) -> set[fx.Node]:
+def inputs_behind(node: fx.Node) -> set[fx.Node]:
     """The inputs of the graph that a node depends on."""
     found: set[fx.Node] = set()
     todo = [node]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import InputError
 
-_CLAMP, _HARDSWISH, _SILU = range(3)
+if TYPE_CHECKING:
+    from passes.kernel.codegen.emitter import Emitter
+
+_CLAMP, _HARDSWISH, _SILU, _HARDSIGMOID, _SIGMOID = range(5)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ ACTIVATIONS: dict[str | None, Activation] = {
     "relu6": Activation(low=0.0, high=6.0),
     "hardswish": Activation(_HARDSWISH),
     "silu": Activation(_SILU),
+    "hardsigmoid": Activation(_HARDSIGMOID),
+    "sigmoid": Activation(_SIGMOID),
 }
 
 
@@ -48,24 +53,23 @@ def clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, high), high, x)
 
 
-def emit(builder: Any, x: Any, code: Any, splat: Any) -> Any:
-    """Apply the activation with run-time `code` > 0 to vector `x`; `splat(number)` makes a constant vector."""
-    is_silu = builder.icmp_signed("==", code, code.type(_SILU))
-    # Both are computed and one is chosen: a branch per vector would cost as much as the shorter formula.
-    return builder.select(is_silu, _silu(builder, x, splat), _hardswish(builder, x, splat))
+def emit(e: Emitter, x: Any, code: Any) -> Any:
+    """Apply the activation with run-time `code` > 0 to vector `x`.
+
+    All four are a numerator, x or 1, times a gate, soft or hard: both gates are computed and one is chosen, since a
+    branch per vector would cost as much as the shorter formula.
+    """
+    b = e.b
+    is_gate = b.icmp_signed(">=", code, code.type(_HARDSIGMOID))
+    is_soft = b.or_(*(b.icmp_signed("==", code, code.type(each)) for each in (_SILU, _SIGMOID)))
+    numerator = b.select(is_gate, e.constant(1.0), x)
+    hard = clamp(b, b.fadd(x, e.constant(3.0)), e.constant(0.0), e.constant(6.0))
+    hard = b.fmul(b.fmul(numerator, hard), e.constant(1 / 6))
+    soft = b.fdiv(numerator, b.fadd(e.constant(1.0), _exp(e, b.fneg(x))))
+    return b.select(is_soft, soft, hard)
 
 
-def _hardswish(builder: Any, x: Any, splat: Any) -> Any:
-    gate = clamp(builder, builder.fadd(x, splat(3.0)), splat(0.0), splat(6.0))
-    return builder.fmul(builder.fmul(x, gate), splat(1 / 6))
-
-
-def _silu(builder: Any, x: Any, splat: Any) -> Any:
-    """``x / (1 + exp(−x))``."""
-    return builder.fdiv(x, builder.fadd(splat(1.0), _exp(builder, builder.fneg(x), splat)))
-
-
-def _exp(builder: Any, x: Any, splat: Any) -> Any:
+def _exp(e: Emitter, x: Any) -> Any:
     """``exp(x) = 2^n · exp(r)`` with ``|r| ≤ ln 2 / 2``, and the Taylor series of ``exp(r)`` up to r⁷: fp32 accuracy.
 
     Adding 1.5·2²³ rounds to an integer that can then be read from the low bits, without a conversion that would be
@@ -73,16 +77,16 @@ def _exp(builder: Any, x: Any, splat: Any) -> Any:
     """
     from llvmlite import ir
 
-    integers = ir.VectorType(ir.IntType(32), x.type.count)
-    magic = splat(1.5 * 2**23)
-    x = clamp(builder, x, splat(-87.0), splat(88.0))
-    shifted = builder.fadd(builder.fmul(x, splat(1 / math.log(2))), magic)
-    n = builder.fsub(shifted, magic)
+    b, integers = e.b, ir.VectorType(ir.IntType(32), x.type.count)
+    magic = e.constant(1.5 * 2**23)
+    x = clamp(b, x, e.constant(-87.0), e.constant(88.0))
+    shifted = e.fma(x, e.constant(1 / math.log(2)), magic)
+    n = b.fsub(shifted, magic)
     high = math.ldexp(round(math.ldexp(math.log(2), 15)), -15)
-    r = builder.fsub(x, builder.fmul(n, splat(high)))
-    r = builder.fsub(r, builder.fmul(n, splat(math.log(2) - high)))
-    series = splat(1 / math.factorial(7))
+    r = e.fma(n, e.constant(-high), x)
+    r = e.fma(n, e.constant(high - math.log(2)), r)
+    series = e.constant(1 / math.factorial(7))
     for power in range(6, -1, -1):
-        series = builder.fadd(builder.fmul(series, r), splat(1 / math.factorial(power)))
-    exponent = builder.shl(builder.bitcast(shifted, integers), integers([23] * x.type.count))
-    return builder.bitcast(builder.add(builder.bitcast(series, integers), exponent), x.type)
+        series = e.fma(series, r, e.constant(1 / math.factorial(power)))
+    exponent = b.shl(b.bitcast(shifted, integers), integers([23] * x.type.count))
+    return b.bitcast(b.add(b.bitcast(series, integers), exponent), x.type)

@@ -36,6 +36,20 @@ class Block:
     weight: Tensor
 
 
+class Structure(NamedTuple):
+    """What a plan has to know of a layer's tables.
+
+    Attributes:
+        pieces: how many there are.
+        depthwise: whether each is one filter of one input.
+        bounded: whether inputs are kept between ends.
+    """
+
+    pieces: int
+    depthwise: bool = False
+    bounded: bool = False
+
+
 class Tables(NamedTuple):
     """A packed layer.
 
@@ -54,6 +68,10 @@ class Tables(NamedTuple):
     ends: Tensor
     filters: Tensor
     blocks: Tensor
+
+    def structure(self) -> Structure:
+        """What a plan has to know of them."""
+        return Structure(len(self.blocks) - 1, bool((self.blocks[:-1, :2] == 1).all()), self.ends.numel() > 0)
 
 
 def pack(

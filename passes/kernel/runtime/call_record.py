@@ -1,6 +1,6 @@
-"""What the compiled driver is told about one layer of a call: a C structure that lives as long as the call.
+"""What the compiled driver is told about one step of a call: a C structure that lives as long as the call.
 
-The layers that run one after the other in one call stand in an array of these structures.
+The steps that run one after the other in one call stand in an array of these structures.
 
 Addresses are in bytes; strides, sizes and offsets count numbers. *Pixels* are numbered as the kernel computes them:
 along rows of ``row`` pixels, of which the first ``columns`` are wanted.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 
 _INTEGERS = (
-    # Progress, shared by the threads; `address` is the structure's own. Of the first layer: how many `steps` there are,
+    # Progress, shared by the threads; `address` is the structure's own. Of the first step: how many `steps` there are,
     # and the function in which threads `wait` for each other (0 if there is but one). If `alone` is not 0, it is the
     # number of images that each belong to one thread; every thread has an array of its own then.
     *("address", "next_copy", "next_task", "next_slot", "next_image", "steps", "wait", "alone"),
@@ -32,11 +32,15 @@ _INTEGERS = (
     *("planes", "planes_image", "planes_channel", "planes_phase", "plane_rows", "plane_row"),
     *("phases", "phase_count", "stride_height", "stride_width", "shift_top", "shift_left"),
     *("channels", "copied_at_once", "one_pixel"),
+    # Steps that read the picture as it is, as addresses `picture`, and what they add, or multiply by, as `residual`.
+    *("kind", "combine", "window_kernel", "window_kernel_of_one"),
+    *("kernel_height", "kernel_width", "dilation_height", "dilation_width"),
 )
+LAYER, POINTWISE, MEAN, WINDOW, PIXEL = range(5)  # kinds of steps
 
 
 class Call(ctypes.Structure):
-    """One layer of a call, as the compiled driver reads it."""
+    """One step of a call, as the compiled driver reads it."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _INTEGERS),

@@ -1,6 +1,6 @@
 """The compiled loops around the micro-kernels: strips of pixels × blocks of filters.
 
-Every thread of a call runs the same function on the same array of `Call`, a layer each, and takes tasks off a shared
+Every thread of a call runs the same function on the same array of `Call`, a step each, and takes tasks off a shared
 counter until none is left, so a thread that is held up holds up nobody, and one thread alone does all the work. Between
 two layers, and between copying planes and computing with them, the threads wait for each other.
 
@@ -14,19 +14,16 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from passes.kernel.codegen.micro_kernel import ARGUMENTS, SIGNATURE
 from passes.kernel.codegen.object_code import TABLE_WIDTH
 from passes.kernel.layout.packing import BLOCK_FIELDS
+from passes.kernel.runtime.call_record import LAYER, MEAN, PIXEL, POINTWISE
 from passes.kernel.runtime.intrinsics import (
     NEXT_IMAGE,
     NEXT_SLOT,
     NEXT_TASK,
     call_function,
+    call_kernel,
     clear,
     copy,
     entry,
@@ -36,26 +33,11 @@ from passes.kernel.runtime.intrinsics import (
     prefetch,
     take,
 )
+from passes.kernel.runtime.plane_steps import mean_task, pixel_task, pointwise_task, window_task
 from passes.kernel.runtime.planes import copy_image, copy_planes
 
 _FILTERS, _INPUTS, _FIRST_INPUT, _FIRST_FILTER, _FIRST_WEIGHT, _WORK_BEFORE = range(BLOCK_FIELDS)
 _TILE_FILTERS = 8
-
-
-@intrinsic
-def _micro_kernel(typing: Any, function: Any, arguments: Any) -> Any:
-    """Call the micro-kernel at an address with a tuple of `ARGUMENTS`."""
-    kinds = [types.float32 if kind == ir.FloatType() else types.int64 for _, kind in ARGUMENTS]
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = [
-            builder.inttoptr(value, kind) if isinstance(kind, ir.PointerType) else value
-            for value, kind in zip(cgutils.unpack_tuple(builder, args[1]), SIGNATURE.args, strict=True)
-        ]
-        builder.call(builder.inttoptr(args[0], SIGNATURE.as_pointer()), values)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.Tuple(kinds)), codegen
 
 
 @jit
@@ -163,7 +145,7 @@ def _run_block(call: Any, block: int, x: int, image: int, first: int, end: int, 
             at_out + shift, at_rows, out_stride, at_residual + shift if residual != 0 else 0, residual_stride,
             last, call.code, call.low, call.high,
         )  # fmt: skip
-        _micro_kernel(kernels[count], arguments)
+        call_kernel(kernels[count], arguments)
         done += count
 
     gap = first // call.row * call.row + call.columns
@@ -210,29 +192,45 @@ def _multiply_task(call: Any, task: int, tiles: int) -> None:
 
 
 @jit
-def _multiply(call: Any, slot: int) -> None:
-    """Compute the layer, one (image, strip, chunk) per task."""
+def _run_task(call: Any, task: int, tiles: int) -> None:
+    """One task of a step of any kind."""
+    if call.kind == LAYER:
+        _multiply_task(call, task, tiles)
+    elif call.kind == POINTWISE:
+        pointwise_task(call, task)
+    elif call.kind == MEAN:
+        mean_task(call, task)
+    elif call.kind == PIXEL:
+        image, chunk = task // call.chunks, task % call.chunks
+        pixel_task(call, image, _first_block(call, chunk), _first_block(call, chunk + 1))
+    else:
+        window_task(call, task)
+
+
+@jit
+def _run_tasks(call: Any, slot: int) -> None:
+    """Compute the step, one (image, strip, chunk) per task."""
     tiles = call.tiles + 4 * 2 * _TILE_FILTERS * call.tile_row * slot
     task = take(call.address + NEXT_TASK)
     while task < call.tasks:
-        _multiply_task(call, task, tiles)
+        _run_task(call, task, tiles)
         task = take(call.address + NEXT_TASK)
 
 
 @jit
 def _run_image(calls: Any, start: int, steps: int, image: int) -> None:
-    """Compute all layers of one image, the calls being those from number `start` on."""
+    """Compute all steps of one image, the calls being those from number `start` on."""
     for step in range(start, start + steps):
         call = numba.carray(calls, start + steps)[step]
         if call.planes != 0:
             copy_image(call, image)
         for task in range(image * call.tasks, (image + 1) * call.tasks):
-            _multiply_task(call, task, call.tiles)
+            _run_task(call, task, call.tiles)
 
 
 @entry
 def run_steps(calls: Any) -> None:
-    """Compute the layers one after the other; what one has written, the next may read."""
+    """Compute the steps one after the other; what one has written, the next may read."""
     first = numba.carray(calls, 1)[0]
     steps, wait, alone, slot = first.steps, first.wait, first.alone, take(first.address + NEXT_SLOT)
     if alone != 0:
@@ -247,6 +245,6 @@ def run_steps(calls: Any) -> None:
             copy_planes(call)
             if wait != 0:
                 call_function(wait)
-        _multiply(call, slot)
+        _run_tasks(call, slot)
         if wait != 0 and step + 1 < steps:
             call_function(wait)

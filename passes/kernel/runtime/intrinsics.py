@@ -71,6 +71,20 @@ def take(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def call_kernel(typing: Any, function: Any, arguments: Any) -> Any:
+    """Call an emitted function at an address with a tuple of integers, addresses among them, and numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = [context.get_value_type(each) for each in signature.args[1]]
+        kind = ir.FunctionType(ir.VoidType(), kinds)
+        values = cgutils.unpack_tuple(builder, args[1])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
+
+
+@intrinsic
 def call_function(typing: Any, function: Any) -> Any:
     """Call the C function ``void f(void)`` at an address."""
 

@@ -16,10 +16,11 @@ from passes.freezing.choosing import LAYERS, Choosing
 from passes.freezing.decisions import machine
 from passes.freezing.forms import FORM, Forming
 from passes.freezing.parts import PARTS, Part, RemoveUnread, Rewriting, quiet_copy
-from passes.freezing.placing import Placing, packed_calls
+from passes.freezing.placing import Placing
 from passes.freezing.recipe import Recipe
 from passes.freezing.recording import FROZEN
 from passes.freezing.rewrites.rewrite import SHAPES
+from passes.freezing.stepping import steps_of
 from passes.freezing.stopwatch import Stopwatch
 from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
@@ -117,7 +118,7 @@ def test_margins_that_do_not_fit_are_found(small):
     compilation = arranged(small, [Placing()])
     graph = compilation.model
     assert Placing().check(compilation) is None
-    packed = packed_calls(graph)
+    packed = steps_of(graph)
     node = next(node for node in packed if any(user in packed for user in node.users))
     form = packed[node].form
     writes = replace(form.placement.writes, right=form.placement.writes.right + 1)

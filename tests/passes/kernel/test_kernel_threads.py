@@ -8,7 +8,7 @@ import torch
 from passes.kernel import Block, Form, Geometry, Tiling
 from passes.kernel.codegen.target import supported
 from passes.kernel.layout.packing import Tables, pack
-from passes.kernel.program import Packed, Wires, execute, program
+from passes.kernel.program import Step, Wires, execute, program
 from passes.kernel.runtime import threads
 
 pytestmark = [
@@ -28,7 +28,7 @@ def tables(geometry: Geometry, blocks: list[tuple[int, int]]) -> Tables:
     return pack(made, None, geometry, 8)
 
 
-def check(layers: list[Packed], shape: tuple[int, ...]) -> None:
+def check(layers: list[Step], shape: tuple[int, ...]) -> None:
     """Two threads must compute what one does, every time; the memory they work in holds what was there before."""
     wires, outputs = [Wires(index) for index in range(len(layers))], [len(layers) - 1]
     alone, together = (program(layers, wires, outputs, [shape], team) for team in (1, 2))
@@ -46,8 +46,8 @@ def test_a_layer_waits_for_what_it_reads() -> None:
     whole = Tiling(strip=10**6, tasks=4)
     check(
         [
-            Packed(Form(first, tiling=whole), tables(first, [(8, 128), (1, 1)])),
-            Packed(Form(second, tiling=whole), tables(second, [(4, 9)])),
+            Step(Form(first, tiling=whole), tables(first, [(8, 128), (1, 1)])),
+            Step(Form(second, tiling=whole), tables(second, [(4, 9)])),
         ],
         (1, 128, 258, 258),
     )
@@ -57,4 +57,4 @@ def test_computing_waits_for_the_planes_that_are_copied() -> None:
     # Of one channel, which one thread copies, pixels of odd rows come last; the other thread could already read them.
     torch.manual_seed(0)
     geometry = Geometry(4, 1, (3, 3), stride=(2, 2))
-    check([Packed(Form(geometry, tiling=Tiling(strip=64, tasks=4)), tables(geometry, [(4, 1)]))], (1, 1, 2001, 2001))
+    check([Step(Form(geometry, tiling=Tiling(strip=64, tasks=4)), tables(geometry, [(4, 1)]))], (1, 1, 2001, 2001))

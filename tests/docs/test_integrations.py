@@ -8,9 +8,15 @@ import torch
 
 import sgfx
 from tests.tools.pages import run, sections
+from tests.tools.yolo import prepare_yolo
 
 PAGE = "integrations.md"
-NEEDS = {"accelerate": "accelerate", "Lightning": "lightning", "Hugging Face's Trainer": "transformers"}
+NEEDS = {
+    "accelerate": "accelerate",
+    "Lightning": "lightning",
+    "Hugging Face's Trainer": "transformers",
+    (YOLO := "ultralytics' YOLO"): "ultralytics",
+}
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 
@@ -31,9 +37,28 @@ def others_accelerators():
 @pytest.mark.parametrize("title", [title for title in sections(PAGE) if title not in ("", "DDP")])
 def test_a_section_runs(title, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if title == YOLO:
+        prepare_yolo(tmp_path, monkeypatch)
     if title in NEEDS:
         pytest.importorskip(NEEDS[title])
-    run(PAGE, blocks(title))
+    names = run(PAGE, blocks(title))
+    if title == YOLO:
+        assert_yolo_went_on(names)
+
+
+def assert_yolo_went_on(names):
+    """What was exported is the network of the first run, with which the second began."""
+    import onnxruntime
+
+    first, second = names["YOLO"](names["best"]).model.eval(), names["yolo"].model.eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found = onnxruntime.InferenceSession(names["file"]).run(None, {"images": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), first(x)[0], rtol=1e-4, atol=1e-3)  # pixels, of 64
+    weights = [model.model[1].conv.weight for model in (first, second)]
+    assert type(first.model[1].conv).__name__ == "GroupedConv2d"
+    assert weights[0].shape == weights[1].shape
+    assert not torch.equal(*weights)
 
 
 def test_two_processes_train_to_the_same_weights(tmp_path):

@@ -21,22 +21,14 @@ from torch import Tensor, nn
 from passes import kernel
 from passes.freezing import packing
 from passes.freezing.decisions import LayerDecision
+from passes.freezing.pooling import pool_step
 from passes.freezing.recipe import LastPool, LibraryLayer, Recipe
 from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.kernel import PackedConv2d, Tiling, tilings
 from passes.kernel.layout.packing import Tables
-from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.geometry import is_linear, output_sizes, spatial_dims
 from passes.layers.grouped import Grouped
 from passes.layers.plain import dense_layer
-
-POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-
-
-def is_pool(module: nn.Module) -> bool:
-    """Whether a module is a pooling that gives one tensor."""
-    known = type(module) in POOLS and is_as_torch_made_it(module)
-    return known and not getattr(module, "return_indices", False)
 
 
 def work_of(x: Tensor, macs: int = 0) -> LayerDecision:
@@ -46,15 +38,24 @@ def work_of(x: Tensor, macs: int = 0) -> LayerDecision:
 
 
 def choose_pool(
-    pool: nn.Module, inputs: tuple[Tensor, ...], given: LayerDecision | None, stopwatch: Stopwatch
+    pool: nn.Module,
+    inputs: tuple[Tensor, ...],
+    strategy: str | None,
+    given: LayerDecision | None,
+    stopwatch: Stopwatch,
 ) -> tuple[nn.Module, LayerDecision]:
     """The form of a pooling for these inputs, and what was decided: as given, or else by a race."""
     work = work_of(inputs[0])
     candidates: dict[str, Callable[[], nn.Module]] = {"library": partial(_itself, pool)}
     if inputs[0].dim() == 4:
         candidates["channels_last"] = partial(LastPool, pool)
+        step = pool_step(pool, inputs[0].shape[1]) if work.numbers == "float32 on cpu" else None
+        if step is not None:
+            candidates["kernel"] = partial(_itself, step)
     if given is not None and given.way in candidates:
         return candidates[given.way](), _as_told(given.way, given, work)
+    if strategy == "kernel" and "kernel" in candidates:
+        candidates = {"kernel": candidates["kernel"]}
     times = _measured(candidates, inputs, stopwatch)
     return candidates[best := fastest(times)](), LayerDecision.of(best, times, work)
 

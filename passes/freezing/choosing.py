@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.candidates import choose_layer, choose_pool, is_pool, kept_weights, layer_macs, work_of
+from passes.freezing.candidates import choose_layer, choose_pool, kept_weights, layer_macs, work_of
 from passes.freezing.decisions import LayerDecision
+from passes.freezing.pooling import is_pool
 from passes.freezing.recipe import LibraryLayer, Recipe, call_name
 from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, SHAPES, UNFUSED, graph_of
 from passes.freezing.stopwatch import Stopwatch
@@ -69,7 +70,7 @@ class Choosing(Pass):
             if (plan := plan_of(module.layer)) is not None:
                 attach_plan(chosen, plan)
         elif is_pool(module) and self._strategy != "library":
-            found = choose_pool(module, inputs, given, self._stopwatch)
+            found = choose_pool(module, inputs, self._strategy, given, self._stopwatch)
         if found is not None:
             self._tick()
         return found

@@ -18,6 +18,7 @@ from passes.layers.attached import Attached
 
 VERSION = 1
 _SHOWN, _MOST_LINES = 3, 8  # places of each reason, and reasons, that a summary names
+LEAVING = 0.04  # milliseconds: a program ends, the library is called, another program begins
 WAYS = ("library", "channels_last", "kernel", "dense")
 
 
@@ -28,7 +29,7 @@ class LayerDecision:
     Attributes:
         way: ``"library"``, ``"channels_last"`` (the library in that memory format), ``"kernel"``, or ``"dense"``, the
             kernel with the dense weight of a regrouped layer.
-        tiling: of the kernel: vectors of a strip, tasks per thread; empty for the library.
+        tiling: of the kernel: vectors of a strip, tasks per thread; empty for the library, and for a pooling.
         milliseconds: what each candidate took, by its name; empty if nothing was measured.
         macs: multiply-adds for the example inputs; 0 of a pooling.
         shape: of the input, for the example inputs.
@@ -75,6 +76,13 @@ class LayerDecision:
         ungrouped = {name: ms for name, ms in self.milliseconds.items() if not name.startswith("kernel")}
         return LayerDecision.of(fastest(ungrouped), self.milliseconds, self)
 
+    def within_program(self) -> LayerDecision:
+        """The kernel's fastest way, unless the library saves more than leaving the kernel's program for it costs."""
+        kernels = {name: ms for name, ms in self.milliseconds.items() if name.split()[0] in ("kernel", "dense")}
+        if not kernels or self.ms is None or self.ms + LEAVING < min(kernels.values()):
+            return self
+        return LayerDecision.of(fastest(kernels), self.milliseconds, self)
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -83,8 +91,8 @@ class Decisions:
     Attributes:
         machine: what it was measured on.
         layers: by module path (with ``#2``, … for further calls of a layer).
-        milliseconds: the whole model as chosen, with dense weights alone, and with the library alone; empty if nothing
-            was measured.
+        milliseconds: the whole model as chosen, in programs as long as can be, with dense weights alone, and with the
+            library alone; empty if nothing was measured.
         note: what is worth knowing about the choice, or "".
         unfused: norms, sums and activations that are no part of a layer, and layers that are run as they are: why, by
             the path of a module, or by the name of an operation and the module in whose forward it stands.
@@ -164,7 +172,8 @@ class Decisions:
 def _check(path: str, layer: LayerDecision) -> None:
     """Refuse what names no way to run a layer."""
     whole = all(isinstance(number, int) and number > 0 for number in layer.tiling)
-    if layer.way not in WAYS or not whole or len(layer.tiling) != (2 if layer.way in ("kernel", "dense") else 0):
+    lengths = {"kernel": (0, 2), "dense": (2,)}.get(layer.way, (0,))  # a pooling of the kernel has no tiling
+    if layer.way not in WAYS or not whole or len(layer.tiling) not in lengths:
         raise InputError(
             f"the decision for layer {path!r} must be one of {', '.join(WAYS)}, the last two with a tiling of two "
             f"positive integers, not {layer.name!r}"

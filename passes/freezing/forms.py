@@ -1,7 +1,8 @@
 """Forms of the whole: what was chosen layer by layer must be the fastest as a whole, or another form is returned.
 
-1. The other forms are the library alone, and, of a regrouped model, its layers with their dense weights, which is what
-   would be chosen for the dense network, but for filters that nobody reads.
+1. The other forms are the library alone; of a regrouped model, its layers with their dense weights, which is what would
+   be chosen for the dense network, but for filters that nobody reads; and the layers in the kernel's programs wherever
+   the library saves less than leaving the program for it costs, which no layer's own time shows.
 2. Where the whole says otherwise than the sum of its parts, it is measured again, longer.
 3. On a busy machine the parts decide: a short call has its chance of not being disturbed, a long one has none.
 """
@@ -31,6 +32,7 @@ NOTES = {
     "library alone": "the library alone is faster than what was chosen layer by layer: its form is returned",
     "dense": "regrouping is not faster here: each layer is run with its dense weight",
     "chosen": "",
+    "in programs": "",
 }
 
 
@@ -111,7 +113,7 @@ class Forming(Pass):
     ) -> Form:
         """The fastest form of the whole, of all that there are."""
         stopwatch = Stopwatch()
-        twins = [[part.twin() for part in parts] for _ in range(2)]
+        twins = [[part.twin() for part in parts] for _ in range(3)]
         chosen, layers = assembled(small, parts, (Choosing(None, {}, stopwatch, tick), *self._arranging))
         library = {path: replace(layer, way="library", tiling=()) for path, layer in layers.items()}
         alone, _ = assembled(small, twins.pop(), (Choosing("library", {}, stopwatch), *self._arranging))
@@ -121,6 +123,10 @@ class Forming(Pass):
             dense, _ = assembled(small, twins.pop(), (Choosing(None, ungrouped, stopwatch), *self._arranging))
             forms["dense"] = (dense, ungrouped)
         forms["chosen"] = (chosen, layers)
+        together = {path: layer.within_program() for path, layer in layers.items()}
+        if together != layers:
+            longer, _ = assembled(small, twins.pop(), (Choosing(None, together, stopwatch), *self._arranging))
+            forms["in programs"] = (longer, together)
         best, times = _raced(forms, inputs, stopwatch)
         model, decided = forms[best]
         in_order = {name: times[name] for name in reversed(times)}

@@ -1,7 +1,7 @@
 """Stepping: what stands between packed layers is put in the kernel's form, so that a program need not be left for it.
 
-1. Known are the mean of each picture, the largest numbers in windows, sums and products of two pictures, products of a
-   picture with one number of each channel (gates), and activations alone.
+1. Known are the mean of each picture, sums and products of two pictures, products of a picture with one number of each
+   channel (gates), and activations alone; poolings are chosen before, like layers.
 2. They become steps only in a row with a packed layer: alone, the library does them as well.
 3. What is one pixel for every input, not only for the example, follows from what it was made by. A linear layer that
    reads such pixels is the convolution of them, and is flattened behind instead of before.
@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from passes.freezing.choosing import LAYERS
-from passes.freezing.recipe import LastPool, LibraryLayer
+from passes.freezing.recipe import LibraryLayer
 from passes.freezing.rewrites.concatenation import append
 from passes.freezing.rewrites.rewrite import SHAPES, graph_of
 from passes.freezing.rewrites.sums import inputs_behind
 from passes.infra.compilation import Compilation, Pass
-from passes.kernel import Geometry, PackedConv2d, PackedLinear, PlaneForm
+from passes.kernel import PackedConv2d, PackedLinear, PlaneForm
 from passes.kernel.plane_step import PlaneStep
 from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.plan import attach_plan, plan_of
@@ -126,7 +126,7 @@ def _form(graph: fx.GraphModule, node: fx.Node, pixels: set[fx.Node]) -> PlaneFo
     if _is_mean(graph, node):
         return PlaneForm("mean")
     name = activation_of(graph, node)
-    return _of_windows(graph, node) if name is None else PlaneForm("nothing", name)
+    return None if name is None else PlaneForm("nothing", name)
 
 
 def _of_two(node: fx.Node, pixels: set[fx.Node]) -> PlaneForm | None:
@@ -160,22 +160,6 @@ def _is_mean(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _over_pictures(node: fx.Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 and _is_pictures(node.all_input_nodes[0]) else ()
     return isinstance(dims, tuple | list) and sorted(dim % 4 for dim in dims if isinstance(dim, int)) == [2, 3]
-
-
-def _of_windows(graph: fx.GraphModule, node: fx.Node) -> PlaneForm | None:
-    """A pooling that takes the largest numbers, or None."""
-    module: Any = module_of(graph, node)
-    module = module.pool if isinstance(module, LastPool) else module
-    if type(module) is not nn.MaxPool2d or not is_as_torch_made_it(module) or module.ceil_mode or module.return_indices:
-        return None
-    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-    kernel, stride, padding, dilation = map(_pair, sizes)
-    window = Geometry(0, 0, kernel, stride, (padding[0], padding[0], padding[1], padding[1]), dilation)
-    return PlaneForm("largest", window=window) if stride[1] in (1, 2) else None
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _put_step(graph: fx.GraphModule, node: fx.Node, form: PlaneForm, picture_last: bool) -> None:

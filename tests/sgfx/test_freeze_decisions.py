@@ -226,3 +226,15 @@ def test_measured_in_earnest():
     assert error(frozen, small, IMAGES) < 1e-5
     assert all(ms > 0 for ms in (*made.layers["conv2"].milliseconds.values(), *made.milliseconds.values()))
     assert (decisions_of(small) is made) == ("the machine was busy" not in made.note)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("program", "ways"), [(0.5, {"kernel"}), (3.0, {"library"})])
+def test_a_whole_in_programs_is_taken_if_it_is_faster(stopwatch, program, ways):
+    stopwatch.ms |= {"library": 1.0, "kernel": 1.01, "chosen": 1.0, "in programs": program}
+    model = trained(Block())
+    frozen = sgfx.freeze(model, IMAGES)
+    assert {frozen.decisions.layers[path].way for path in ("conv1", "conv2", "down")} == ways
+    assert frozen.decisions.milliseconds == {"in programs": program, "chosen": 1.0, "library alone": 3.0}
+    assert not frozen.decisions.note
+    assert error(frozen, model, IMAGES) < 1e-5

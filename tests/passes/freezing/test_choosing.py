@@ -2,10 +2,12 @@
 
 import gc
 
+import pytest
 import torch
 from torch import nn
 
 import sgfx
+from passes.freezing.decisions import LayerDecision
 from passes.freezing.stopwatch import Stopwatch
 from tests.sgfx.test_freeze import error
 
@@ -31,3 +33,18 @@ def test_inputs_are_held_one_at_a_time(monkeypatch):
     assert max(held) <= 3 * images.nbytes  # two copies of the example, and what the layer reads
     monkeypatch.undo()
     assert error(frozen, model, images) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "way"),
+    [
+        ({"library": 1.00, "kernel 28 4": 1.20, "kernel 14 4": 1.03}, "kernel 14 4"),
+        ({"library": 1.00, "kernel 28 4": 1.20, "dense 28 4": 1.03}, "dense 28 4"),
+        ({"library": 1.00, "kernel 28 4": 1.05}, "library"),
+        ({"library": 1.00, "channels_last": 0.50}, "channels_last"),
+    ],
+)
+def test_a_layer_leaves_a_program_only_for_what_that_costs(milliseconds, way):
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    decision = LayerDecision.of(best, milliseconds, LayerDecision("library"))
+    assert decision.within_program().name == way

@@ -75,6 +75,8 @@ PARTS = {
     "depthwise layer with a stride": lambda: Net(call, nn.Conv2d(8, 8, 5, 2, 2, groups=8), nn.Hardswish()),
     "depthwise layer with a wide stride": lambda: Net(call, nn.Conv2d(8, 8, 3, 3, groups=8)),
     "largest": lambda: Net(call, nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+    "largest, one after the other": lambda: Net(call, nn.MaxPool2d((2, 3), (1, 2), (1, 0), dilation=(2, 1))),
+    "means": lambda: Net(call, nn.AvgPool2d(3, 2, 1), nn.ReLU(), nn.AvgPool2d(2, 1, divisor_override=3)),
     "activations": lambda: Net(call, nn.ReLU6(), nn.SiLU(), nn.Hardsigmoid(), nn.Sigmoid()),
     "product": lambda: Net(lambda net, x: net.parts[0](x) * torch.sigmoid(x), nn.Conv2d(8, 8, 1)),
     "sum": lambda: Net(lambda net, x: F.relu(F.silu(x) + torch.sigmoid(x))),
@@ -112,6 +114,25 @@ def test_what_is_not_known_stays_between_programs() -> None:
     fast = frozen(Net(call, nn.SiLU(), nn.Softsign(), nn.SiLU()))
     kinds = [type(fast.get_submodule(node.target)).__name__ for node in fast.graph.nodes if node.op == "call_module"]
     assert kinds == ["PackedConv2d", "Softsign", "PackedChain"]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(3, 3), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False)],
+    ids=["stride of three", "rounded up", "padding not counted"],
+)
+def test_poolings_that_the_kernel_does_not_know(pool: nn.Module) -> None:
+    fast = frozen(Net(call, pool))
+    assert fast.decisions.layers["parts.0"].way in ("library", "channels_last")
+
+
+def test_a_pooling_is_given_as_it_was_decided() -> None:
+    net = Net(call, nn.MaxPool2d(2)).eval()
+    made = sgfx.freeze(net, torch.randn(SIZES[0]), progress=False).decisions
+    assert made.layers["parts.0"].name == "kernel"
+    again = sgfx.freeze(net, torch.randn(SIZES[0]), decisions=made.to_dict(), progress=False)
+    assert again.decisions.layers == made.layers
+    assert len(chains(again)) == 1
 
 
 def test_a_picture_that_is_one_pixel_by_chance_is_no_gate() -> None:

@@ -163,6 +163,8 @@ class TestWrappers:
             sgfx.compile(fabric.setup(Net()), ratio=0.5)
 
     def test_of_accelerate(self):
+        state = pytest.importorskip("accelerate.state")
+        state.AcceleratorState._reset_state(reset_partial_state=True)  # of another test's in this process
         accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
         with pytest.raises(sgfx.InputError, match=r"wrapped by accelerate; compile accelerator.unwrap_model"):
             sgfx.compile(accelerator.prepare(Net()), ratio=0.5)

@@ -21,9 +21,19 @@ from passes.elimination import remove_unread_filters
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra import preserved_random_state
 from passes.layers import Form, hook_dicts, make_exportable, plans
-from passes.models import difference, give_plain_outputs, kinds, mapped, shapes_of, tensors_in, unhooked_copy
+from passes.models import (
+    difference,
+    give_plain_outputs,
+    is_detector,
+    kinds,
+    mapped,
+    shapes_of,
+    tensors_in,
+    unhooked_copy,
+)
 from passes.options import ExampleInputs, as_inputs, by_place_and_name, check_model
 from passes.tracing import rename_in_program
+from sgfx.exporting.detectors import OneImage, at_three_sizes, images_of, matched, names_of, write_detector
 from sgfx.exporting.formats import OnnxOptions, quiet, reason_of, write_onnx, write_pt2
 from sgfx.exporting.varying import Inputs, other_inputs, widened, without_names
 from sgfx.files.writing import replacing
@@ -75,6 +85,9 @@ def export(
 ) -> Exported:
     """Write a model as a self-contained program, in eval mode, on the CPU: ``.pt2`` (torch.export) or ``.onnx``.
 
+    A whole detector of torchvision's kind becomes an ``.onnx`` file that takes one image ``[3, H, W]`` of any size and
+    gives boxes, labels and scores. It is compared at each size of the example's images and two more, thing by thing.
+
     Args:
         small: a compiled model, or any other but a frozen one. It is neither run nor changed. Hooks are not exported;
             dataclasses among the outputs become dicts, and named tuples tuples.
@@ -109,6 +122,8 @@ def export(
     options = OnnxOptions(opset, input_names, output_names, dynamic_shapes)
     options.check(suffix)
     given = _by_place(small, example_inputs)
+    if is_detector(small) and suffix == ".onnx":
+        return _export_detector(small, Path(path), images_of(given), form or DEFAULT_FORM, options)
     with preserved_random_state(), torch.no_grad():
         model = unhooked_copy(small).cpu().requires_grad_(False).eval()
         inputs = mapped(given, lambda x: x.detach().cpu().clone())
@@ -128,6 +143,31 @@ def export(
             compared = [_compare(run(each), _outputs(model, each), path) for each in every]
     worst, largest = max(each[0] for each in compared), max(each[1] for each in compared)
     return Exported(Path(path), form or DEFAULT_FORM, size, worst, largest, _hooked(small))
+
+
+def _export_detector(small: nn.Module, path: Path, images: list[Tensor], form: Form, options: OnnxOptions) -> Exported:
+    """Write a whole detector, which takes one image of any size."""
+    if options.dynamic_shapes is not None:
+        raise InputError("the file of a detector takes an image of any size as it is: leave dynamic_shapes out")
+    with preserved_random_state(), torch.no_grad():
+        model = unhooked_copy(small).cpu().requires_grad_(False).eval()
+        every = [(image.detach().cpu().clone(),) for image in at_three_sizes(images)]
+        expected = [_outputs(OneImage(model), each) for each in every]
+        options.check_counts([images[0]], expected[0])
+        twin = unhooked_copy(model)
+        if plans(twin):
+            remove_unread_filters(twin, ([every[0][0]],))
+        make_exportable(twin, form)
+        names = names_of(model, every[0][0])
+        with replacing(path) as temporary:
+            run = write_detector(OneImage(twin), every[0][0], names, temporary, options)
+            size = temporary.stat().st_size
+            compared = [
+                _compare(matched(run(each), wanted, names), wanted, path)
+                for each, wanted in zip(every, expected, strict=True)
+            ]
+    worst, largest = max(each[0] for each in compared), max(each[1] for each in compared)
+    return Exported(path, form, size, worst, largest, _hooked(small))
 
 
 def _checked_suffix(path: str | os.PathLike[str]) -> str:

@@ -81,12 +81,24 @@ def write_pt2(program: ExportedProgram, file: Path, options: OnnxOptions) -> Run
 
 def write_onnx(program: ExportedProgram, file: Path, options: OnnxOptions) -> Run:
     """Write a program as ONNX, and return what runs the file in ONNX Runtime."""
+    check_installed()
+    _converted(program, options).save(file, external_data=False)
+    return opened(file)
+
+
+def check_installed() -> None:
+    """Refuse to write ONNX where its libraries are missing."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"writing ONNX needs {error.name}: pip install 'sgfx[onnx]'") from error
-    _converted(program, options).save(file, external_data=False)
+
+
+def opened(file: Path) -> Run:
+    """What runs an ONNX file in ONNX Runtime."""
+    import onnxruntime
+
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:

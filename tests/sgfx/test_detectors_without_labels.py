@@ -8,6 +8,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import sgfx
+from passes.calibration.budget.judging import held_out_error
 from passes.calibration.data import read_examples
 from passes.calibration.output_distance import distance
 from sgfx.reporting.counting import count_macs
@@ -144,6 +145,16 @@ def test_few_images_are_held_out_and_lists_are_mirrored(lists):
             assert plain != flipped
             kinds.add(plain)
     assert kinds == {True, False}
+
+
+def test_ratios_of_a_budget_are_judged_by_the_maps(dense, small, lists):
+    batches = read_examples(lists, "data", dense)
+    found = held_out_error(dense, small, batches)
+    calibrated = sgfx.calibrate(dense, copy.deepcopy(small), lists[:3])  # every fourth is judged by
+    with torch.no_grad():
+        images = dense.transform(lists[3])[0].tensors
+        wanted = distance(calibrated.backbone(images), dense.backbone(images)).item()
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_budget_of_the_whole_or_of_the_backbone_alone(dense, lists):

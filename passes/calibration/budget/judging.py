@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from passes.infra.progress import Progress, silent
 from passes.infra.random_state import own_random_state
 from passes.layers.grouped import Grouped
 from passes.models.copying import copy_inputs, unhooked_copy
+from passes.models.detectors import is_detector
 from passes.options.arguments import call_model
 
 
@@ -47,9 +49,15 @@ def held_out_error(
     with own_random_state(), torch.no_grad(), progress("compare ratios", layers, "layer") as tick:
         try:
             solved(dense, work, fitted, leaves, tick)
-            found = [
-                distance(call_model(work, copy_inputs(x)), call_model(teacher, copy_inputs(x))).item() for x in judged
-            ]
+            found = [distance(_outputs(work, x), _outputs(teacher, x)).item() for x in judged]
         except InputError:  # what is really wrong with the examples is said where all of them are used
             return math.nan
     return sum(found) / len(found) if found else math.nan
+
+
+def _outputs(model: Any, inputs: Arguments) -> Any:
+    """What a model gives; of a detector, whose boxes are a choice by value, the maps of its backbone."""
+    if not is_detector(model):
+        return call_model(model, copy_inputs(inputs))
+    images, _ = model.transform(*copy_inputs(inputs))
+    return model.backbone(images.tensors)

@@ -7,36 +7,44 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from passes.calibration import Arguments, Budget
+from passes.calibration import Arguments, Budget, Fit, ShareBudget
 from passes.errors import InputError
+from passes.freezing import TimeBudget, timing_of
 from passes.layers import is_layer
 from passes.options import checked_number, meant_as_share
+from sgfx.freezing import freeze
 from sgfx.reporting.counting import count_macs
 
-MEASURES = ("macs", "params")
-Shares = Mapping[str, float]
+SHARES, TIME = ("macs", "params"), "ms"
+Asked = Mapping[str, float]
 
 
 def checked_budget(budget: object) -> tuple[str, float]:
-    """Check a budget, ``{"macs": share}`` or ``{"params": share}``, and return what it counts and the share."""
+    """Check ``{"macs": share}``, ``{"params": share}`` or ``{"ms": milliseconds}``; return the key and the number."""
     if not isinstance(budget, Mapping):
-        raise TypeError(f"budget must be {{'macs': share}} or {{'params': share}}, not {budget!r}")
-    if len(budget) != 1 or next(iter(budget)) not in MEASURES:
+        raise TypeError(
+            f"budget must be {{'macs': share}}, {{'params': share}} or {{'ms': milliseconds}}, not {budget!r}"
+        )
+    if len(budget) != 1 or next(iter(budget)) not in (*SHARES, TIME):
         raise InputError(
-            f"budget must have exactly one of the keys 'macs' and 'params', not {sorted(map(str, budget))}"
+            f"budget must have exactly one of the keys 'macs', 'params' and 'ms', not {sorted(map(str, budget))}"
         )
     ((measure, share),) = budget.items()
+    if measure == TIME:
+        return measure, checked_number(share, "budget['ms']", above=0)
     said = f": it is the share that remains{meant_as_share(share)}"
     return measure, checked_number(share, f"budget[{measure!r}]", above=0, most=1, hint=said)
 
 
 def budget_of(measure: str, share: float, inputs: Arguments, *, eliminating: bool) -> Budget:
-    """A checked budget, which counts as `sgfx.report` does, for a call with `inputs`."""
+    """A checked budget, which counts as `sgfx.report` does, for a call with `inputs`, or takes the time of `freeze`."""
+    if measure == TIME:
+        return TimeBudget(share, lambda model: freeze(model, inputs))
 
     def macs(model: nn.Module) -> Mapping[str, float]:
         return count_macs(model, inputs)
 
-    return Budget(measure, share, count_params if measure == "params" else macs, eliminating)
+    return ShareBudget(measure, share, count_params if measure == "params" else macs, eliminating)
 
 
 def count_params(model: nn.Module) -> dict[str, float]:
@@ -46,11 +54,14 @@ def count_params(model: nn.Module) -> dict[str, float]:
     return {"": float(sum(parameter.numel() for parameter in model.parameters())), **weights}
 
 
-def warn_of_missed(missed: float) -> None:
-    """Say that a budget is missed by a share of the total, if it is."""
-    if missed > 0:
+def warn_of_fit(fit: Fit) -> None:
+    """Say how a budget is missed, if it is, and whether it was measured on a busy machine."""
+    if fit.missed:
+        warnings.warn(f"the budget is missed {fit.missed}", stacklevel=5)
+    timing = timing_of(fit.model) if fit.model is not None else None
+    if timing is not None and timing.noisy:
         warnings.warn(
-            f"the budget is missed by {100 * missed:.1f} % of the total: what elimination takes away leaves no ratios "
-            "that come nearer",
+            f"the machine was busy, so that the {timing.measured:.3g} ms measured for the budget are not to be relied "
+            "on: compile again when it is quiet",
             stacklevel=5,
         )

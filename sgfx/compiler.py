@@ -8,10 +8,11 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from passes.calibration import BUDGET, EXAMPLES, MISSED, Arguments, read_examples
+from passes.calibration import BUDGET, EXAMPLES, FIT, Arguments, Fit, read_examples
 from passes.compression import PLANS, lowered_copy
 from passes.elimination import remove_unread_filters
 from passes.errors import InputError
+from passes.freezing import hand_on_times, timing_of
 from passes.infra import Compilation, Facts, Pass, run_passes
 from passes.layers import LayerPlan
 from passes.models import adopt
@@ -29,7 +30,7 @@ from passes.options import (
 from passes.pipeline import ANALYSIS, GROUPING, PRUNING
 from passes.pipeline import budget as spending_passes
 from passes.tracing import REGIONS
-from sgfx.budgets import Shares, budget_of, checked_budget, warn_of_missed
+from sgfx.budgets import TIME, Asked, budget_of, checked_budget, warn_of_fit
 from sgfx.calibrating import calibrate_on
 from sgfx.progress import progress_bar
 from sgfx.pruner import Pruner, Step
@@ -43,7 +44,7 @@ def compile(
     *,
     groups: int = 8,
     ratio: float | None = None,
-    budget: Shares | None = None,
+    budget: Asked | None = None,
     linear_ratio: float | None = None,
     ignore: str | nn.Module | Iterable[str | nn.Module] = (),
     overrides: Mapping[str, Mapping[str, float]] | None = None,
@@ -68,8 +69,10 @@ def compile(
         groups: groups per layer, at most; clipped to the layer's filters.
         ratio: share of the connections of each layer that is **pruned**, in [0, 1): 0.8 leaves a fifth.
         budget: instead of a ratio, ``{"macs": share}`` or ``{"params": share}``: the share of the model's total, as
-            `sgfx.report` counts it, that **remains**. Each layer gets its own ratio, so that the error measured on the
-            `calibration` data is least.
+            `sgfx.report` counts it, that **remains**; or ``{"ms": milliseconds}`` that the frozen model takes on this
+            machine for `example_inputs`. Each layer gets its own ratio, so that the error measured on the `calibration`
+            data is least. Milliseconds are met within 10 %: models are frozen and measured on the way, and the result
+            keeps the decisions, and what `sgfx.report` shows as predicted and measured.
         linear_ratio: the ratio of linear layers; None means `ratio`.
         ignore: names, glob patterns or modules to leave alone; a name covers everything below it.
         overrides: ``{name or pattern: {"groups": …, "ratio": …}}``. An exact name also lifts the rules that leave the
@@ -79,7 +82,8 @@ def compile(
             ``[C_out, C_in]``, finite and not negative (the paper's eq. 5, 6).
         example_inputs: a tensor, a tuple of positional arguments (the last may be a dict of keywords), or such a dict;
             checked against the model. If it can't be traced whole, they are run through a copy without hooks, to see
-            how the layers outside the traced parts are used; without them these layers are left alone.
+            how the layers outside the traced parts are used; without them these layers are left alone. A budget of
+            milliseconds needs them.
         seed: seed of the clustering; no global random state is read or changed.
         inplace: change `model` itself, after everything has succeeded on a copy, and return it.
         step: prune in steps of this share, as the paper's local scheme does, instead of at once.
@@ -108,7 +112,9 @@ def compile(
         "seed": seed,
         "leaf_modules": listed(leaf_modules, "leaf_modules"),  # once: an iterator gives its entries to the first reader
     }
-    share = _share(ratio, budget, step, calibration)
+    share = _asked(ratio, budget, step, calibration)
+    if share is not None and share[0] == TIME:
+        _check_time(example_inputs, eliminate)
     with torch.inference_mode(False):  # or what is made here could never be trained
         check_model(model)
         leaves = resolved_leaves(model, options["leaf_modules"])  # here: none of the layers has been replaced yet
@@ -128,15 +134,16 @@ def compile(
     if not inplace:
         return small
     adopt(model, small)
+    hand_on_times(small if timing_of(small) is not None else None, model)
     return model
 
 
-def _share(ratio: float | None, budget: Shares | None, step: float | None, calibration: Any) -> CheckedBudget:
+def _asked(ratio: float | None, budget: Asked | None, step: float | None, calibration: Any) -> CheckedBudget:
     """The checked budget, or None where a ratio is given instead."""
     if (ratio is None) == (budget is None):
         raise InputError(
             "give exactly one of ratio (the share of each layer's connections that is pruned) and budget (the share of "
-            "the model's MACs or parameters that remains)"
+            "the model's MACs or parameters that remains, or milliseconds)"
         )
     if budget is None:
         return None
@@ -145,6 +152,16 @@ def _share(ratio: float | None, budget: Shares | None, step: float | None, calib
     if step is not None:
         raise InputError("step prunes to a ratio: it can't be combined with budget")
     return checked_budget(budget)
+
+
+def _check_time(example_inputs: object, eliminate: bool) -> None:
+    """Refuse what doesn't go with a budget of milliseconds."""
+    if example_inputs is None:
+        raise InputError("budget['ms'] is the time of a call of the frozen model: give the call's example_inputs too")
+    if eliminate:
+        raise InputError(
+            "eliminate can't be combined with a budget of milliseconds: sgfx.freeze eliminates anyway, and it is timed"
+        )
 
 
 def _compile_at_once(
@@ -159,16 +176,20 @@ def _compile_at_once(
         known = {**known, EXAMPLES: batches, BUDGET: budget_of(*share, inputs, eliminating=eliminate)}
         spending = spending_passes(progress_bar)
 
-    def planned() -> dict[str, LayerPlan]:
+    def planned() -> tuple[dict[str, LayerPlan], Fit | None]:
         """Graphs and importance vectors, as large as the weights, are gone when this returns."""
         compilation = run_passes(ANALYSIS, Compilation(model, known))
         compilation.take(REGIONS).empty()
         run_passes((*GROUPING, *spending, *PRUNING), compilation)
-        if MISSED in compilation:
-            warn_of_missed(compilation[MISSED])
-        return compilation[PLANS]
+        fit = compilation[FIT] if spending else None
+        return compilation[PLANS], fit
 
-    return lowered_copy(model, settings, planned())
+    plans, fit = planned()
+    if fit is not None:
+        warn_of_fit(fit)
+    small = lowered_copy(model, settings, plans)
+    hand_on_times(fit.model if fit is not None else None, small)
+    return small
 
 
 def _compile_in_steps(

@@ -1,6 +1,7 @@
 """The kept weights solved again on unlabelled data, and ratios under a budget."""
 
-from passes.calibration.budget.spending import BUDGET, MISSED, Budget
+from passes.calibration.budget.allotment import BUDGET, FIT, Budget, Fit
+from passes.calibration.budget.shares import ShareBudget
 from passes.calibration.calibrating import DENSE, SEEN_NORMS, UNCALIBRATED
 from passes.calibration.data import EXAMPLES, Arguments, example_count, read_examples, single_image
 from passes.calibration.foreign_data import SeenNorm
@@ -10,12 +11,14 @@ __all__ = [
     "BUDGET",
     "DENSE",
     "EXAMPLES",
-    "MISSED",
+    "FIT",
     "SEEN_NORMS",
     "UNCALIBRATED",
     "Arguments",
     "Budget",
+    "Fit",
     "SeenNorm",
+    "ShareBudget",
     "distance",
     "example_count",
     "floating_tensors",

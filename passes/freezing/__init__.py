@@ -14,6 +14,7 @@
 | `assembling`, `forms` | the parts of a model put together; the fastest form of the whole |
 | `checking`, `locating`, `doubt` | compared with the model; where it differs first; what rounding explains |
 | `stopwatch` | the one clock |
+| `time_budget`, `timing` | ratios at which the frozen model takes so many milliseconds; what these were |
 """
 
 from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
@@ -22,6 +23,8 @@ from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions
 from passes.freezing.hooks import check_hooks, check_weights
 from passes.freezing.parts import quiet_copy
 from passes.freezing.recording import FROZEN
+from passes.freezing.time_budget import TimeBudget
+from passes.freezing.timing import Timing, hand_on_times, timing_of
 
 __all__ = [
     "ASKED",
@@ -30,6 +33,8 @@ __all__ = [
     "Asked",
     "Decisions",
     "LayerDecision",
+    "TimeBudget",
+    "Timing",
     "attach_decisions",
     "check_hooks",
     "check_weights",
@@ -38,6 +43,8 @@ __all__ = [
     "chosen_macs",
     "decisions_of",
     "filters_of",
+    "hand_on_times",
     "machine",
     "quiet_copy",
+    "timing_of",
 ]

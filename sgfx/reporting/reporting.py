@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.freezing import Decisions
+from passes.freezing import Decisions, timing_of
 from passes.layers import LayerPlan, cuts, layer_shape, plans
 from passes.options import ExampleInputs, as_inputs, check_model
 from sgfx.reporting.counting import count_and_tell
@@ -46,7 +46,13 @@ def report(dense: nn.Module, small: nn.Module, example_inputs: ExampleInputs) ->
     params = {path: _parameters(module) for path, module in small.named_modules()}
     plain = _assemble(dense, found, params, small, inputs)
     filters, params_saved, macs = _eliminated(dense, small, plain.layers, found)
-    return replace(plain, filters_eliminated=filters, params_eliminated=params_saved, macs_eliminated=macs)
+    return replace(
+        plain,
+        filters_eliminated=filters,
+        params_eliminated=params_saved,
+        macs_eliminated=macs,
+        timing=timing_of(small),
+    )
 
 
 def plans_of_pair(dense: nn.Module, small: nn.Module) -> dict[str, LayerPlan]:

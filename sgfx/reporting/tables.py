@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from passes.freezing import Decisions
+from passes.freezing import Decisions, Timing
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Report:
         params_removed, macs_removed: shares of the totals above.
         filters_eliminated, params_eliminated, macs_eliminated: what elimination saved beyond the ratios.
         decisions: of a frozen model, how it is run and on what machine that was measured; else None.
+        timing: of a model made for a budget of milliseconds, what these were; else None.
         counting: which MACs were not counted by fvcore, as others of the field are, and why; "" if all were.
     """
 
@@ -80,6 +81,7 @@ class Report:
     params_eliminated: int
     macs_eliminated: int
     decisions: Decisions | None = None
+    timing: Timing | None = None
     counting: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +121,8 @@ class Report:
                 f"eliminated beyond the ratios: {self.filters_eliminated} filters that nobody reads, "
                 f"{short(self.params_eliminated)} parameters, {short(self.macs_eliminated)} MACs"
             )
+        if self.timing is not None:
+            lines.append(str(self.timing))
         if self.counting:
             lines.append(self.counting)
         if self.decisions is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sgfx
-from passes.calibration.budget.allocation import allocate, settle
+from passes.calibration.budget.allocation import allocate, proportional, settle
 from passes.calibration.budget.error_curves import GRID, _halves, error_curve
 from passes.calibration.budget.judging import held_out_error
 from passes.calibration.budget.spending import best_part
@@ -38,7 +38,7 @@ def convex(steepness: float) -> np.ndarray:
 def test_allocation_is_as_good_as_any_on_the_grid(layers, share):
     curves, costs = [convex(steepness) for steepness, _ in layers], [cost for _, cost in layers]
     limit = share * sum(costs)
-    ratios = allocate(curves, costs, limit)
+    ratios = allocate(curves, [proportional(cost) for cost in costs], limit)
     spent = sum(cost * (1 - ratio) for cost, ratio in zip(costs, ratios, strict=True))
     assert limit * (1 - 1e-5) - 1e-5 <= spent <= limit * (1 + 1e-5) + 1e-5
     ours = sum(np.interp(ratio, GRID, curve) for ratio, curve in zip(ratios, curves, strict=True))
@@ -52,7 +52,7 @@ def test_allocation_is_as_good_as_any_on_the_grid(layers, share):
 
 
 def test_a_limit_below_the_largest_ratios_is_none():
-    assert allocate([convex(1.0)], [100.0], 1.0) is None
+    assert allocate([convex(1.0)], [proportional(100.0)], 1.0) is None
 
 
 def left(dense: nn.Module, small: nn.Module, measure: str) -> float:
@@ -97,7 +97,7 @@ def test_settled_ratios_are_met_exactly_and_nearer_to_the_limit(inputs, share, s
         shares = [float((keep * weights).sum() / weights.sum() / keep.shape[1]) for keep in kept]
         return sum(cost * share for cost, share in zip(costs, shares, strict=True))
 
-    ratios = settle(wished, groups, costs, limit)
+    ratios = settle(wished, groups, [proportional(cost) for cost in costs], limit)
     assert sum(cost * (1 - r) for cost, r in zip(costs, ratios, strict=True)) == pytest.approx(spent(ratios))
     assert abs(spent(ratios) - limit) <= abs(spent(wished) - limit) + 1e-6
 
@@ -155,7 +155,7 @@ def test_ratios_are_large_where_they_hurt_least():
         ({}, ValueError, "exactly one of ratio"),
         ({"budget": {"macs": 0.5}}, ValueError, "give calibration too"),
         ({"budget": {"macs": 0.5}, "step": 0.1, "calibration": images(2)}, ValueError, "can't be combined with budget"),
-        ({"budget": {"flops": 0.5}, "calibration": images(2)}, ValueError, "'macs' and 'params', not"),
+        ({"budget": {"flops": 0.5}, "calibration": images(2)}, ValueError, "'macs', 'params' and 'ms', not"),
         ({"budget": {"macs": 0.5, "params": 0.5}, "calibration": images(2)}, ValueError, "exactly one of the keys"),
         ({"budget": {"macs": 0.0}, "calibration": images(2)}, ValueError, "must be above 0 and at most 1"),
         ({"budget": {"macs": float("nan")}, "calibration": images(2)}, ValueError, "must be above 0 and at most 1"),

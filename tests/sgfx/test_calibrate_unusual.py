@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.calibration.budget.spending import SCANNED, TRIALS, best_limit
-from sgfx.budgets import warn_of_missed
+from passes.calibration.budget.allocation import proportional
+from passes.calibration.budget.shares import SCANNED, TRIALS, EliminatedCosts, best_limit
+from sgfx.budgets import warn_of_fit
 from tests.passes.calibration.test_calibrating_regions import images, made
 from tests.sgfx.test_calibrate import assert_unchanged, error, state
 
@@ -192,11 +193,13 @@ def test_a_budget_that_elimination_makes_jump_is_found():
 
 def test_a_budget_that_can_not_be_met_is_said():
     tried: list[float] = []
-    limit, missed = best_limit(1.0, 2.0, lambda limit: tried.append(limit) or -0.05)
-    assert (limit, missed) == (1.0, 0.05)
+    curves = {"conv": proportional(2.0)}
+    costs = EliminatedCosts(curves, 1.0, "", lambda small: tried.append(small) or -0.05)
+    fit = costs.fit(lambda limit: limit)
+    assert fit.limit == 1.0
     assert len(tried) == TRIALS + SCANNED
     with pytest.warns(UserWarning, match=r"the budget is missed by 5\.0 % of the total"):
-        warn_of_missed(missed)
+        warn_of_fit(fit)
 
 
 def test_the_limit_that_comes_nearest_is_taken():

@@ -24,7 +24,7 @@ import torch
 import sgfx
 from benchmarks.latency_forms import NETWORKS, Case, Run, make_case, second_call
 from benchmarks.machine import describe_machine
-from passes.freezing.decisions import Decisions, attach_decisions
+from passes.freezing.choosing.decisions import Decisions, attach_decisions
 
 MOST = 1.15
 PROCESSES = (0, 1, 2)

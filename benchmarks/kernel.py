@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import models_zoo
 import sgfx
 from benchmarks.machine import describe_machine
-from passes.freezing.packing import pack_layer
+from passes.freezing.choosing.packing import pack_layer
 from passes.kernel import Margins, Placement
 from passes.layers.grouped import GroupedConv2d
 

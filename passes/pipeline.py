@@ -11,11 +11,12 @@ from passes.compression.lowering import Lowering
 from passes.compression.masking import Masking
 from passes.compression.pruning import Pruning
 from passes.compression.selection import Selection
-from passes.freezing.chaining import Chaining
-from passes.freezing.checking import Comparison
-from passes.freezing.forms import Forming
+from passes.freezing.arranging.chaining import Chaining
+from passes.freezing.arranging.placing import Placing
+from passes.freezing.arranging.stepping import Stepping
+from passes.freezing.choosing.forms import Forming
+from passes.freezing.comparing.checking import Comparison
 from passes.freezing.parts import RemoveUnread, Rewriting
-from passes.freezing.placing import Placing
 from passes.freezing.recording import Recording
 from passes.freezing.rewrites.activations import FuseActivations
 from passes.freezing.rewrites.concatenation import JoinConcatenations
@@ -26,7 +27,6 @@ from passes.freezing.rewrites.norms import FoldNorms, KeepNorms
 from passes.freezing.rewrites.nothing import DropNothing
 from passes.freezing.rewrites.sums import FuseSums
 from passes.freezing.rewrites.thresholds import UseThresholds
-from passes.freezing.stepping import Stepping
 from passes.infra.compilation import Pass
 from passes.infra.progress import Progress
 from passes.tracing.regions import Trace

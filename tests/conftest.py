@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from passes.freezing.stopwatch import Stopwatch
+from passes.freezing.choosing.stopwatch import Stopwatch
 
 # The tensors of the tests are small: on a busy machine, threads that wait for each other cost more than they save.
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.layers.norms import is_affine
+from passes.layers.known.norms import is_affine
 from passes.tracing.mutation import works_in_place
 from passes.tracing.operations import activation_of, is_sum, module_of, passes_on
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from passes.layers.geometry import is_linear, output_sizes, padding_list, spatial_dims
+from passes.layers.known.geometry import is_linear, output_sizes, padding_list, spatial_dims
 
 
 def input_rows(layer: Any, x: Tensor, positions: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from passes.calibration.paired_walk import Walk
 from passes.calibration.rows import input_rows, output_positions, output_rows
 from passes.errors import InputError
 from passes.layers.channel_cut import works_on_filters
-from passes.layers.norms import scale_and_shift
+from passes.layers.known.norms import scale_and_shift
 from passes.tracing.operations import module_of
 
 MAX_ROWS = 1 << 15

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from passes.errors import InputError
 from passes.layers.custom import GroupedCustom, is_custom, plain_layer
-from passes.layers.layer_call import CallsWith, LayerCall
+from passes.layers.known.layer_call import CallsWith, LayerCall
 from passes.models.copying import copy_inputs, unhooked_copy
 from passes.tracing.probing import call_of
 

@@ -28,10 +28,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from passes.errors import InputError
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
-from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import is_custom
-from passes.layers.geometry import conv_groups
 from passes.layers.grouped import GROUPED, Grouped
+from passes.layers.known.as_torch_made_it import change_of
+from passes.layers.known.geometry import conv_groups
 from passes.layers.masked import Masked
 from passes.layers.plain_weights import removal_of
 from passes.layers.plan import layer_shape

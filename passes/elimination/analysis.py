@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from passes.elimination.labelling import label_values
 from passes.elimination.labels import compact
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
-from passes.layers.as_torch_made_it import change_of
 from passes.layers.channel_cut import channel_counts, is_depthwise, may_be_cut, present_plan
 from passes.layers.custom import Custom, is_custom
 from passes.layers.grouped import Grouped
-from passes.layers.norms import is_norm
+from passes.layers.known.as_torch_made_it import change_of
+from passes.layers.known.norms import is_norm
 from passes.layers.plan import LayerPlan
 from passes.models.values import tensors_in
 from passes.options.names import holders_of

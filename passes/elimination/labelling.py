@@ -26,8 +26,8 @@ from passes.elimination.operations import (
     name_of,
 )
 from passes.errors import let_memory_errors_pass
-from passes.layers.as_torch_made_it import change_of, is_as_torch_made_it
 from passes.layers.channel_cut import channel_dim, is_cuttable, is_depthwise
+from passes.layers.known.as_torch_made_it import change_of, is_as_torch_made_it
 from passes.tracing.mutation import works_in_place
 from passes.tracing.trace import Region
 

@@ -18,8 +18,8 @@
 """
 
 from passes.freezing.asking import ASKED, ORIGINAL, Asked, checked_strategy
-from passes.freezing.choosing import chosen_layers, chosen_macs, filters_of
-from passes.freezing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
+from passes.freezing.choosing.choosing import chosen_layers, chosen_macs, filters_of
+from passes.freezing.choosing.decisions import Decisions, LayerDecision, attach_decisions, decisions_of, machine
 from passes.freezing.hooks import check_hooks, check_weights
 from passes.freezing.parts import quiet_copy
 from passes.freezing.recording import FROZEN

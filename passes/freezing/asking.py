@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions, LayerDecision
+from passes.freezing.choosing.decisions import Decisions, LayerDecision
 from passes.infra.compilation import Fact
 
 STRATEGIES = ("library", "kernel")

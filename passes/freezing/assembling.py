@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from passes.freezing.choosing import LAYERS
-from passes.freezing.decisions import LayerDecision
+from passes.freezing.choosing.choosing import LAYERS
+from passes.freezing.choosing.decisions import LayerDecision
 from passes.freezing.parts import Part
 from passes.freezing.rewrites.rewrite import SHAPES
 from passes.infra.compilation import Compilation, Pass

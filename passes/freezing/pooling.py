@@ -11,7 +11,7 @@ from passes import kernel
 from passes.kernel import Block, Geometry, PlaneForm, pack_blocks
 from passes.kernel.codegen.window_kernel import STRIDES
 from passes.kernel.plane_step import PlaneStep
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 

@@ -8,9 +8,9 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from passes.freezing.asking import ASKED, ORIGINAL
-from passes.freezing.checking import DOUBT
-from passes.freezing.decisions import Decisions, attach_decisions
-from passes.freezing.forms import FORM
+from passes.freezing.choosing.decisions import Decisions, attach_decisions
+from passes.freezing.choosing.forms import FORM
+from passes.freezing.comparing.checking import DOUBT
 from passes.freezing.rewrites.rewrite import UNFUSED
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 

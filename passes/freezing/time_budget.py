@@ -23,8 +23,8 @@ from passes.calibration.budget.allocation import KNOTS, achieved
 from passes.calibration.budget.allotment import Allotment, Budget, Costs, Fit, trial
 from passes.calibration.budget.error_curves import GRID
 from passes.errors import InputError
-from passes.freezing.decisions import attach_decisions
-from passes.freezing.stopwatch import Stopwatch
+from passes.freezing.choosing.decisions import attach_decisions
+from passes.freezing.choosing.stopwatch import Stopwatch
 from passes.freezing.timing import Timing, attach_timing
 from passes.infra.compilation import Compilation
 from passes.options.settings import SETTINGS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from passes.freezing.decisions import attach_decisions, decisions_of
+from passes.freezing.choosing.decisions import attach_decisions, decisions_of
 from passes.layers.attached import Attached
 
 

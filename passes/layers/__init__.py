@@ -3,8 +3,8 @@
 from passes.layers.channel_cut import Cut, apply_cuts, channel_dim, cut_of, cuts
 from passes.layers.encoding import as_tensor, decode, decode_whole, encode
 from passes.layers.former_buffers import former_structure
-from passes.layers.geometry import is_layer, is_linear
 from passes.layers.grouped import Form, Grouped, GroupedLinear
+from passes.layers.known.geometry import is_layer, is_linear
 from passes.layers.masked import Masked
 from passes.layers.plain import make_exportable
 from passes.layers.plan import LayerPlan, LayerShape, layer_shape, network_ratios, plan_of, plans

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.errors import InputError
-from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.attached import Attached
 from passes.layers.custom import GroupedCustom, is_custom
-from passes.layers.geometry import conv_groups, is_linear, spatial_dims
 from passes.layers.grouped import GROUPED, Grouped
-from passes.layers.norms import is_frozen_norm, is_norm
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.geometry import conv_groups, is_linear, spatial_dims
+from passes.layers.known.norms import is_frozen_norm, is_norm
 from passes.layers.plan import LayerPlan, plan_of
 from passes.layers.surgery import replace_module, shallow_copy
 

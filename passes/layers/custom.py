@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from passes.layers.attached import all_attached
 from passes.layers.grouped import GROUPED, Grouped, GroupedConv1d, GroupedConv2d, GroupedConv3d, GroupedLinear
-from passes.layers.layer_call import CallsWith, LayerCall
+from passes.layers.known.layer_call import CallsWith, LayerCall
 from passes.layers.masked import MASKED, Masked, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from passes.layers.surgery import shallow_copy
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import InputError
-from passes.layers.as_torch_made_it import change_of
 from passes.layers.blocks import in_blocks
 from passes.layers.custom import Custom, GroupedCustom
-from passes.layers.geometry import spatial_dims
 from passes.layers.grouped import GROUPED, Form, Grouped
-from passes.layers.layer_call import CallsWith, LayerCall
+from passes.layers.known.as_torch_made_it import change_of
+from passes.layers.known.geometry import spatial_dims
+from passes.layers.known.layer_call import CallsWith, LayerCall
 from passes.layers.surgery import replace_module, shallow_copy
 
 

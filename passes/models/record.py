@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from passes.errors import InputError
 from passes.layers.channel_cut import Cut, channel_counts, cuts, has_cut, is_depthwise, may_be_cut
 from passes.layers.custom import GroupedCustom, change_of_layer, dense_class, is_custom
-from passes.layers.geometry import conv_groups
 from passes.layers.grouped import GROUPED, Grouped
+from passes.layers.known.geometry import conv_groups
 from passes.layers.plan import LayerPlan, layer_shape, plan_of, plans
 from passes.models.hyperparameters import Hyperparameters
 

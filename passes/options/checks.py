@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from passes.errors import InputError
-from passes.layers.optional_classes import class_of
+from passes.layers.known.optional_classes import class_of
 from passes.options.arguments import ExampleInputs, as_inputs
 from passes.options.names import covers, is_pattern, matches
 from passes.options.ranges import checked_integer, checked_ratio

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._jit_internal import boolean_dispatched
 from torch.fx.operator_schemas import _torchscript_schema_to_signature, get_signature_for_torch_op
 
-from passes.layers.as_torch_made_it import change_of
+from passes.layers.known.as_torch_made_it import change_of
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _OF_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 from passes.models.values import tensors_in
 
 AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv)

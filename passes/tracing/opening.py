@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from passes.layers.as_torch_made_it import change_of
 from passes.layers.custom import GroupedCustom, change_of_layer, is_custom, plain_layer
-from passes.layers.layer_call import LayerCall, layer_call
+from passes.layers.known.as_torch_made_it import change_of
+from passes.layers.known.layer_call import LayerCall, layer_call
 
 BIAS_APART = "sgfx_bias"  # under which graphs find a bias that the user's code adds itself
 UNTRACEABLE = ""  # of a layer that stays closed although its weight may be used as it is

@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import fx, nn
 
-from passes.layers.activations import BY_CALL, BY_MODULE
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.activations import BY_CALL, BY_MODULE
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_")
@@ -42,7 +42,7 @@ def is_product(node: fx.Node) -> bool:
 
 
 def activation_of(graph: fx.GraphModule, node: fx.Node) -> str | None:
-    """The name of the activation that a node is (`passes.layers.activations`), or None."""
+    """The name of the activation that a node is (`passes.layers.known.activations`), or None."""
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         return BY_MODULE.get(type(module)) if is_as_torch_made_it(module) else None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from passes.layers.layer_call import SAME_FOR_ALL_FORMS
+from passes.layers.known.layer_call import SAME_FOR_ALL_FORMS
 
 
 class ParameterWatch(TorchFunctionMode):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from passes.errors import let_memory_errors_pass
 from passes.infra.random_state import own_random_state
-from passes.layers.layer_call import LayerCall, layer_call, operation_on
+from passes.layers.known.layer_call import LayerCall, layer_call, operation_on
 from passes.models.copying import unhooked_copy
 from passes.models.values import mapped, shapes_of
 

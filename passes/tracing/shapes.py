@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
-from passes.layers.as_torch_made_it import is_as_torch_made_it
 from passes.layers.channel_cut import channel_counts
-from passes.layers.geometry import is_layer, spatial_dims
 from passes.layers.grouped import Grouped
-from passes.layers.norms import is_norm
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.geometry import is_layer, spatial_dims
+from passes.layers.known.norms import is_norm
 from passes.models.values import mapped, shapes_of
 from passes.tracing.interpreter import Interpreter
 from passes.tracing.mutation import WriteWatch, forget_written, note_written, storages

@@ -25,7 +25,7 @@ from torch import fx, nn
 
 from passes.errors import InputError, let_memory_errors_pass
 from passes.infra.random_state import own_random_state
-from passes.layers.as_torch_made_it import change_of
+from passes.layers.known.as_torch_made_it import change_of
 from passes.models.copying import unhooked_copy
 from passes.options.arguments import constant_parameters, count_collected
 from passes.tracing.opening import (

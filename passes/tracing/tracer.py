@@ -20,7 +20,7 @@ from torch.nn.modules import module as _hooks
 from torch.nn.modules.conv import _ConvNd
 
 from passes.layers.grouped import Grouped
-from passes.layers.norms import is_frozen_norm
+from passes.layers.known.norms import is_frozen_norm
 from passes.tracing.calls import in_place
 
 

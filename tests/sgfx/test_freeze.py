@@ -13,8 +13,8 @@ import models_zoo
 import sgfx
 import sgfx.freezing
 from passes.errors import InputError
-from passes.freezing.placing import beside_rows
-from passes.freezing.recipe import FusedNorm, LibraryLayer
+from passes.freezing.arranging.placing import beside_rows
+from passes.freezing.choosing.recipe import FusedNorm, LibraryLayer
 from passes.kernel import Margins, PackedConv2d, supported
 from passes.kernel.layout.geometry import Geometry
 from passes.kernel.layout.schedule import Job, Tiling, schedule

@@ -5,11 +5,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-import passes.freezing.packing
+import passes.freezing.choosing.packing
 import sgfx
 from passes.elimination.elimination import Elimination
 from passes.errors import InputError
-from passes.freezing.recipe import Recipe
+from passes.freezing.choosing.recipe import Recipe
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 from tests.sgfx.test_freeze_unusual import Wrapper
 
@@ -43,7 +43,7 @@ def test_a_fault_in_fusing_is_named(forget_scale, layer):
 @needs_kernel
 @pytest.mark.parametrize("layer", ["conv1", "head"])
 def test_a_fault_in_the_kernel_is_named(monkeypatch, layer):
-    model, pack = trained(Block()), passes.freezing.packing.pack_layer
+    model, pack = trained(Block()), passes.freezing.choosing.packing.pack_layer
 
     def packed(module, **options):
         made = pack(module, **options)
@@ -51,7 +51,7 @@ def test_a_fault_in_the_kernel_is_named(monkeypatch, layer):
             made.bias += 1
         return made
 
-    monkeypatch.setattr("passes.freezing.packing.pack_layer", packed)
+    monkeypatch.setattr("passes.freezing.choosing.packing.pack_layer", packed)
     with pytest.raises(InputError, match=f"'{layer}' is the first layer that differs"):
         sgfx.freeze(model, IMAGES, strategy="kernel")
 

@@ -11,7 +11,7 @@ import sgfx
 import sgfx.freezing
 from passes.elimination.elimination import Elimination
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions, decisions_of
+from passes.freezing.choosing.decisions import Decisions, decisions_of
 from passes.freezing.rewrites.layers import MakeRecipes
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 

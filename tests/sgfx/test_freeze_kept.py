@@ -8,7 +8,7 @@ from torch import nn
 
 import sgfx
 from passes.errors import InputError
-from passes.freezing.decisions import Decisions, decisions_of
+from passes.freezing.choosing.decisions import Decisions, decisions_of
 from passes.kernel import PackedConv2d
 from tests.sgfx.test_freeze import IMAGES, Block, error, needs_kernel, trained
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.freezing.recipe import Recipe
+from passes.freezing.choosing.recipe import Recipe
 from tests.sgfx.test_freeze import IMAGES, error, trained
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import sgfx
 from passes.calibration.budget.allocation import KNOTS, allocate, proportional
 from passes.calibration.budget.error_curves import GRID
-from passes.freezing.decisions import decisions_of
-from passes.freezing.recipe import LibraryLayer
+from passes.freezing.choosing.decisions import decisions_of
+from passes.freezing.choosing.recipe import LibraryLayer
 from passes.freezing.time_budget import LEVELS
 from passes.freezing.timing import timing_of
 from tests.passes.calibration.test_calibrating_regions import Residual, images, made

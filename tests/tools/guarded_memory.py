@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.freezing.packing import pack_layer
+from passes.freezing.choosing.packing import pack_layer
 from passes.kernel import Margins, PackedConv2d, Placement, program, tilings
 from passes.layers.grouped import GroupedConv2d, GroupedLinear
 from passes.layers.plan import LayerPlan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import Place, Rule, other_readers
 from passes.tracing.operations import activation_of, module_of
 

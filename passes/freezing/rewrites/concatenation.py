@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import SHAPES, Rewrite, graph_of
 from passes.infra.compilation import Compilation
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 from passes.tracing.mutation import is_unchanged
 
 READERS = (Recipe, FusedNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.BatchNorm2d)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.recipe import Recipe
+from passes.freezing.choosing.recipe import Recipe
 from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, SHAPES, Rewrite, graph_of, recipe_of
 from passes.infra.compilation import Compilation
-from passes.layers.activations import activate
 from passes.layers.channel_cut import Cut, smaller
-from passes.layers.geometry import conv_groups, is_linear, padding_list, spatial_dims
 from passes.layers.grouped import Grouped
+from passes.layers.known.activations import activate
+from passes.layers.known.geometry import conv_groups, is_linear, padding_list, spatial_dims
 
 
 class FoldConstants(Rewrite):

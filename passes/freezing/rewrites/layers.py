@@ -5,12 +5,12 @@ A layer is known by its class, so nothing may have been changed about it; what i
 
 from __future__ import annotations
 
-from passes.freezing.recipe import Recipe
+from passes.freezing.choosing.recipe import Recipe
 from passes.freezing.rewrites.rewrite import PART, PLAIN_INPUTS, SHAPES, UNFUSED, Place, Rule
 from passes.infra.compilation import Compilation, Facts
-from passes.layers.as_torch_made_it import change_of
-from passes.layers.geometry import is_layer
 from passes.layers.grouped import GROUPED
+from passes.layers.known.as_torch_made_it import change_of
+from passes.layers.known.geometry import is_layer
 
 KINDS = (*GROUPED, *GROUPED.values())
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import SHAPES, Rewrite, graph_of
 from passes.infra.compilation import Compilation
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 from passes.tracing.mutation import is_known, storages, written_by
 
 _ASKING = {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import SHAPES, Place, Rewrite, Rule, graph_of, other_readers, recipe_of, shape_of
 from passes.infra.compilation import Compilation
 from passes.layers.channel_cut import works_on_filters
-from passes.layers.norms import is_affine
+from passes.layers.known.norms import is_affine
 from passes.tracing.operations import module_of
 
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
-from passes.freezing.recipe import FusedNorm, Recipe, call_name
+from passes.freezing.choosing.recipe import FusedNorm, Recipe, call_name
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.layers.channel_cut import channel_counts
-from passes.layers.geometry import output_sizes, spatial_dims
+from passes.layers.known.geometry import output_sizes, spatial_dims
 from passes.models.values import tensors_in
 from passes.tracing.operations import module_of
 from passes.tracing.tracer import join

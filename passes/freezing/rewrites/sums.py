@@ -12,7 +12,7 @@ import operator
 
 from torch import Tensor, fx
 
-from passes.freezing.recipe import Recipe
+from passes.freezing.choosing.recipe import Recipe
 from passes.freezing.rewrites.norms import done_behind
 from passes.freezing.rewrites.rewrite import Place, Rule, other_readers, recipe_of, shape_of
 from passes.layers.grouped import Grouped

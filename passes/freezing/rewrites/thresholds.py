@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.constants import absorbed, pads_with_zeros, reader_of, reads_channels
 from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, Place, Rule, shape_of
 from passes.tracing.mutation import is_unchanged

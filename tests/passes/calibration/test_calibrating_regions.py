@@ -21,7 +21,7 @@ from passes.calibration.paired_walk import Pair, Walk
 from passes.calibration.pairing import walkable_regions
 from passes.errors import InputError
 from passes.layers.channel_cut import works_on_filters
-from passes.layers.norms import scale_and_shift
+from passes.layers.known.norms import scale_and_shift
 from passes.tracing.trace import trace
 
 

@@ -9,19 +9,19 @@ from torch import nn
 
 import sgfx
 from passes.errors import PassError
+from passes.freezing.arranging.chaining import Chaining
+from passes.freezing.arranging.placing import Placing
+from passes.freezing.arranging.stepping import steps_of
 from passes.freezing.asking import ASKED, ORIGINAL, Asked
-from passes.freezing.chaining import Chaining
-from passes.freezing.checking import DOUBT, Comparison
-from passes.freezing.choosing import LAYERS, Choosing
-from passes.freezing.decisions import machine
-from passes.freezing.forms import FORM, Forming
+from passes.freezing.choosing.choosing import LAYERS, Choosing
+from passes.freezing.choosing.decisions import machine
+from passes.freezing.choosing.forms import FORM, Forming
+from passes.freezing.choosing.recipe import Recipe
+from passes.freezing.choosing.stopwatch import Stopwatch
+from passes.freezing.comparing.checking import DOUBT, Comparison
 from passes.freezing.parts import PARTS, Part, RemoveUnread, Rewriting, quiet_copy
-from passes.freezing.placing import Placing
-from passes.freezing.recipe import Recipe
 from passes.freezing.recording import FROZEN
 from passes.freezing.rewrites.rewrite import SHAPES
-from passes.freezing.stepping import steps_of
-from passes.freezing.stopwatch import Stopwatch
 from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes
 from passes.infra.progress import silent

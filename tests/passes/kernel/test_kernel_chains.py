@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.errors import InputError
-from passes.freezing.packing import pack_layer
+from passes.freezing.choosing.packing import pack_layer
 from passes.kernel.codegen.target import supported
 from passes.kernel.layout.memory import Arena
 from passes.kernel.packed_chain import PackedChain

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from passes import kernel
 from passes.errors import InputError
-from passes.freezing.packing import pack_layer
+from passes.freezing.choosing.packing import pack_layer
 from passes.kernel import Margins, PackedLinear, Placement, tilings
 from passes.kernel.codegen.target import Target, supported
 
@@ -193,7 +193,7 @@ PROCESSES = """
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from passes.freezing.packing import pack_layer
+from passes.freezing.choosing.packing import pack_layer
 
 class Images(Dataset):
     def __init__(self, packed):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from passes.errors import InputError
-from passes.freezing.packing import layer_blocks, layer_geometry
+from passes.freezing.choosing.packing import layer_blocks, layer_geometry
 from passes.kernel import Block, Geometry, Margins
 from passes.kernel.layout.packing import pack
 from passes.layers.grouped import GroupedConv2d, GroupedLinear

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.freezing.recipe import LibraryLayer, Recipe
+from passes.freezing.choosing.recipe import LibraryLayer, Recipe
 from passes.freezing.rewrites.constants import FoldConstants, absorbed, constant_filters, pads_with_zeros
 from passes.freezing.rewrites.rewrite import PART, SHAPES
 from passes.infra.compilation import Compilation

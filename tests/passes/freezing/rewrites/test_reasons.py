@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.freezing.decisions import Decisions
+from passes.freezing.choosing.decisions import Decisions
 
 
 class Net(nn.Module):

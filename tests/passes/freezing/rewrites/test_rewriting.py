@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import sgfx
 from passes.errors import PassError
-from passes.freezing.choosing import Running
-from passes.freezing.recipe import FusedNorm, Recipe
+from passes.freezing.choosing.choosing import Running
+from passes.freezing.choosing.recipe import FusedNorm, Recipe
 from passes.freezing.rewrites.rewrite import PART, SHAPES, UNFUSED, Rewrite, false_shape
 from passes.infra.compilation import Compilation
 from passes.infra.manager import run_passes

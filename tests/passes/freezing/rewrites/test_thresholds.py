@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sgfx
-from passes.freezing.recipe import FusedNorm, LibraryLayer
+from passes.freezing.choosing.recipe import FusedNorm, LibraryLayer
 from passes.freezing.rewrites.thresholds import HIGHEST, thresholds
 
 numbers = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, -0.0, 1e-35, -1e-35, 1e-29, 1e-8]))

@@ -18,11 +18,11 @@ from torch import nn
 
 from passes.freezing.asking import ASKED, Asked
 from passes.freezing.assembling import assembled
-from passes.freezing.choosing import Choosing, layer_works
-from passes.freezing.decisions import Decisions, LayerDecision
+from passes.freezing.choosing.choosing import Choosing, layer_works
+from passes.freezing.choosing.decisions import Decisions, LayerDecision
+from passes.freezing.choosing.recipe import Recipe
+from passes.freezing.choosing.stopwatch import Stopwatch, fastest
 from passes.freezing.parts import PARTS, Part
-from passes.freezing.recipe import Recipe
-from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.progress import Progress, silent
 from passes.options.settings import SETTINGS

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from passes.layers.geometry import conv_groups, is_layer, is_linear, output_sizes, padding_list, spatial_dims
 from passes.layers.grouped import GroupedConv2d, GroupedLinear
+from passes.layers.known.geometry import conv_groups, is_layer, is_linear, output_sizes, padding_list, spatial_dims
 from passes.layers.masked import MaskedConv2d, MaskedLinear
 from passes.layers.plan import LayerPlan
 

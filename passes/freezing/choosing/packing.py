@@ -18,8 +18,8 @@ from passes.kernel import (
     Tiling,
     pack_blocks,
 )
-from passes.layers.geometry import is_linear, paddings
 from passes.layers.grouped import GroupedConv2d, GroupedLinear
+from passes.layers.known.geometry import is_linear, paddings
 
 
 def pack_layer(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import sgfx
-from passes.freezing.decisions import LayerDecision
-from passes.freezing.stopwatch import Stopwatch
+from passes.freezing.choosing.decisions import LayerDecision
+from passes.freezing.choosing.stopwatch import Stopwatch
 from tests.sgfx.test_freeze import error
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from passes import kernel
-from passes.freezing import packing
-from passes.freezing.decisions import LayerDecision
+from passes.freezing.choosing import packing
+from passes.freezing.choosing.decisions import LayerDecision
+from passes.freezing.choosing.recipe import LastPool, LibraryLayer, Recipe
+from passes.freezing.choosing.stopwatch import Stopwatch, fastest
 from passes.freezing.pooling import pool_step
-from passes.freezing.recipe import LastPool, LibraryLayer, Recipe
-from passes.freezing.stopwatch import Stopwatch, fastest
 from passes.kernel import PackedConv2d, Tiling, tilings
 from passes.kernel.layout.packing import Tables
-from passes.layers.geometry import is_linear, output_sizes, spatial_dims
 from passes.layers.grouped import Grouped
+from passes.layers.known.geometry import is_linear, output_sizes, spatial_dims
 from passes.layers.plain import dense_layer
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.layers.as_torch_made_it import is_as_torch_made_it
-from passes.layers.optional_classes import class_of
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.optional_classes import class_of
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations, prune
 
 import sgfx
 from passes.errors import InputError
-from passes.freezing.recipe import FusedNorm
-from passes.layers.as_torch_made_it import change_of, is_as_torch_made_it
+from passes.freezing.choosing.recipe import FusedNorm
 from passes.layers.grouped import GroupedConv2d
+from passes.layers.known.as_torch_made_it import change_of, is_as_torch_made_it
 from tests.passes.elimination.test_elimination import IMAGES, Chain, check_equal, compiled
 
 

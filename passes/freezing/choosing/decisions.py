@@ -13,7 +13,7 @@ from torch import nn
 
 from passes import kernel
 from passes.errors import InputError
-from passes.freezing.stopwatch import fastest
+from passes.freezing.choosing.stopwatch import fastest
 from passes.layers.attached import Attached
 
 VERSION = 1

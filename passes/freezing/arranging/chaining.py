@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import fx
 
-from passes.freezing.choosing import LAYERS
+from passes.freezing.arranging.stepping import rows, steps_of
+from passes.freezing.choosing.choosing import LAYERS
 from passes.freezing.rewrites.concatenation import append
 from passes.freezing.rewrites.rewrite import SHAPES, graph_of
-from passes.freezing.stepping import rows, steps_of
 from passes.infra.compilation import Compilation, Pass
 from passes.kernel.packed_chain import PackedChain
 from passes.kernel.program import Wires

@@ -5,7 +5,7 @@ import torch
 from torch import fx, nn
 
 from passes.kernel.codegen.activations import ACTIVATIONS as OF_THE_KERNEL
-from passes.layers.activations import ACTIVATIONS, BY_CALL, BY_MODULE, activate
+from passes.layers.known.activations import ACTIVATIONS, BY_CALL, BY_MODULE, activate
 from passes.tracing.operations import activation_of
 
 X = torch.linspace(-9, 9, 1001, dtype=torch.float64)

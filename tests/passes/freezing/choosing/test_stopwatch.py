@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from passes.freezing import stopwatch as module
-from passes.freezing.stopwatch import LEAST_ROUNDS, MARGIN, MOST_ROUNDS, Stopwatch, fastest
+from passes.freezing.choosing import stopwatch as module
+from passes.freezing.choosing.stopwatch import LEAST_ROUNDS, MARGIN, MOST_ROUNDS, Stopwatch, fastest
 
 
 class Machine:

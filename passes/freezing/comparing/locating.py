@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.freezing.choosing import Choosing, Running
-from passes.freezing.decisions import LayerDecision
-from passes.freezing.doubt import Expected, Inputs, Record
+from passes.freezing.choosing.choosing import Choosing, Running
+from passes.freezing.choosing.decisions import LayerDecision
+from passes.freezing.choosing.recipe import Recipe, call_name
+from passes.freezing.choosing.stopwatch import Stopwatch
+from passes.freezing.comparing.doubt import Expected, Inputs, Record
 from passes.freezing.parts import RemoveUnread, Traced, quiet_copy, traced_parts
-from passes.freezing.recipe import Recipe, call_name
 from passes.freezing.rewrites.rewrite import SHAPES
-from passes.freezing.stopwatch import Stopwatch
 from passes.infra.compilation import Compilation, Pass
 from passes.infra.manager import run_passes
 from passes.infra.random_state import seed_all

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx
 
-from passes.freezing.choosing import LAYERS
+from passes.freezing.arranging.stepping import Step, steps_of
+from passes.freezing.choosing.choosing import LAYERS
 from passes.freezing.rewrites.rewrite import graph_of
-from passes.freezing.stepping import Step, steps_of
 from passes.infra.compilation import Compilation, Pass
 from passes.kernel import Geometry, Margins, PackedConv2d
 from passes.kernel.form import moves_window

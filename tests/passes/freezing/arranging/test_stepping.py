@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sgfx
-from passes.freezing.stepping import steps_of
+from passes.freezing.arranging.stepping import steps_of
 from passes.kernel.codegen.target import supported
 from passes.kernel.packed_chain import PackedChain
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.freezing.candidates import choose_layer, choose_pool, kept_weights, layer_macs, work_of
-from passes.freezing.decisions import LayerDecision
+from passes.freezing.choosing.candidates import choose_layer, choose_pool, kept_weights, layer_macs, work_of
+from passes.freezing.choosing.decisions import LayerDecision
+from passes.freezing.choosing.recipe import LibraryLayer, Recipe, call_name
+from passes.freezing.choosing.stopwatch import Stopwatch
 from passes.freezing.pooling import is_pool
-from passes.freezing.recipe import LibraryLayer, Recipe, call_name
 from passes.freezing.rewrites.rewrite import PLAIN_INPUTS, SHAPES, UNFUSED, graph_of
-from passes.freezing.stopwatch import Stopwatch
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.kernel import PackedConv2d
 from passes.layers.plan import attach_plan, plan_of

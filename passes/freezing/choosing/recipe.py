@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from passes.layers.activations import activate
 from passes.layers.channel_cut import Cut, smaller
-from passes.layers.geometry import conv_groups, padding_list
 from passes.layers.grouped import Grouped
-from passes.layers.norms import scale_and_shift
+from passes.layers.known.activations import activate
+from passes.layers.known.geometry import conv_groups, padding_list
+from passes.layers.known.norms import scale_and_shift
 from passes.layers.surgery import shallow_copy
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from passes.errors import InputError, let_memory_errors_pass
 from passes.freezing.asking import ORIGINAL
-from passes.freezing.decisions import LayerDecision
-from passes.freezing.doubt import Expected, Inputs, Record
-from passes.freezing.forms import FORM
-from passes.freezing.locating import first_difference
+from passes.freezing.choosing.decisions import LayerDecision
+from passes.freezing.choosing.forms import FORM
+from passes.freezing.comparing.doubt import Expected, Inputs, Record
+from passes.freezing.comparing.locating import first_difference
 from passes.freezing.parts import filled
 from passes.infra.compilation import Compilation, Fact, Facts, Pass
 from passes.infra.random_state import seed_all

@@ -3,8 +3,8 @@
 from torch import nn
 from torchvision.ops import misc
 
-from passes.layers.norms import is_frozen_norm, is_norm
-from passes.layers.optional_classes import class_of
+from passes.layers.known.norms import is_frozen_norm, is_norm
+from passes.layers.known.optional_classes import class_of
 from passes.options.checks import check_model
 
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from passes.freezing.choosing import LAYERS
-from passes.freezing.recipe import LibraryLayer
+from passes.freezing.choosing.choosing import LAYERS
+from passes.freezing.choosing.recipe import LibraryLayer
 from passes.freezing.rewrites.concatenation import append
 from passes.freezing.rewrites.rewrite import SHAPES, graph_of
 from passes.freezing.rewrites.sums import inputs_behind
 from passes.infra.compilation import Compilation, Pass
 from passes.kernel import PackedConv2d, PackedLinear, PlaneForm
 from passes.kernel.plane_step import PlaneStep
-from passes.layers.as_torch_made_it import is_as_torch_made_it
+from passes.layers.known.as_torch_made_it import is_as_torch_made_it
 from passes.layers.plan import attach_plan, plan_of
 from passes.tracing.mutation import is_held_elsewhere, works_in_place
 from passes.tracing.operations import activation_of, is_product, is_sum, module_of

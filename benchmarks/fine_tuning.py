@@ -101,11 +101,11 @@ def measure(bench: Bench, row: Row, folder: Path) -> dict[str, Any]:
     halves = row.epochs // 2, row.epochs * 3 // 4
     options = {"transform": augmented, "checkpoint_steps": 100, "mixed_precision": "bf16"}
     last = replace(recipe.last, epochs=row.epochs, schedule=halves, options=options)
-    common: dict[str, Any] = {"teacher": bench.dense if row.teacher else None, "folder": folder, "resume": True}
+    dense = copy.deepcopy(bench.dense).to(memory_format=torch.channels_last)
+    common: dict[str, Any] = {"teacher": dense if row.teacher else None, "folder": folder, "resume": True}
     if row.start == "local-global":
         local = replace(recipe.local, epochs=1, options=options) if recipe.local is not None else None
         chosen = replace(recipe, step=0.13, local=local, last=last)
-        dense = copy.deepcopy(bench.dense).to(memory_format=torch.channels_last)
         outcome = chosen.run(dense, train, test, groups=GROUPS, ratio=row.ratio, **common)
         small, history = outcome.model, outcome.history
     else:

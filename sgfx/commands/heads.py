@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from passes.errors import InputError
 from passes.layers import GroupedLinear
+from sgfx.training.modules import preserved_modes
 
 
 def replace_head(model: nn.Module, inputs: Tensor, classes: int) -> None:
@@ -48,15 +49,11 @@ def _scorers(model: nn.Module, inputs: Tensor) -> list[str]:
     def note(module: nn.Module, _: Any, output: Tensor) -> None:
         calls.append((module, output.shape[-1]))
 
-    mode = model.training
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), preserved_modes(model):
         for module in model.modules():
             if isinstance(module, nn.Linear | GroupedLinear):
                 hooks.callback(module.register_forward_hook(note).remove)
-        try:
-            scores = model.eval()(inputs)
-        finally:
-            model.train(mode)
+        scores = model.eval()(inputs)
     wide = scores.shape[-1] if isinstance(scores, Tensor) else None
     last = next((module for module, width in reversed(calls) if width == wide), None)
     return [name for name, module in model.named_modules(remove_duplicate=False) if name and module is last]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -21,12 +22,23 @@ from sgfx.data.detection import DetectionLoaders, open_detection
 from sgfx.data.loaders import Loaders
 from sgfx.data.normalization import normalization
 from sgfx.data.sources import open_data
+from sgfx.training.modules import preserved_modes
 from sgfx.training.tasks.classification import TopMeter
 from sgfx.training.tasks.detection import class_labels
 from sgfx.training.tasks.precision import PrecisionMeter, average_precision
 
 AnyLoaders = Loaders | DetectionLoaders
 Arguments = tuple[Any, ...]
+
+
+@contextmanager
+def _evaluating(model: nn.Module, loaders: AnyLoaders, progress: bool) -> Iterator[Any]:
+    """The batches to measure on, under a bar, with the model in eval mode."""
+    shown = None if progress else True
+    bar = tqdm(loaders.val, desc="evaluate", leave=False, disable=shown)
+    with preserved_modes(model), torch.inference_mode(), bar as batches:
+        model.eval()
+        yield batches
 
 
 class Kind(ABC):
@@ -99,13 +111,10 @@ class Classifying(Kind):
 
     def results(self, model: nn.Module, loaders: Loaders, *, progress: bool) -> dict[str, float]:
         """See `Kind`."""
-        device, meter, mode = _device(model), TopMeter(), model.training
-        model.eval()
-        shown = None if progress else True
-        with torch.inference_mode(), tqdm(loaders.val, desc="evaluate", leave=False, disable=shown) as bar:
-            for images, targets in bar:
+        device, meter = _device(model), TopMeter()
+        with _evaluating(model, loaders, progress) as batches:
+            for images, targets in batches:
                 meter.update(model(images.to(device)).float(), targets.to(device))
-        model.train(mode)
         return meter.results([meter.state()])
 
 
@@ -148,13 +157,10 @@ class Detecting(Kind):
 
     def results(self, model: nn.Module, loaders: DetectionLoaders, *, progress: bool) -> dict[str, float]:
         """See `Kind`."""
-        device, meter, mode = _device(model), PrecisionMeter(), model.training
-        model.eval()
-        shown = None if progress else True
-        with torch.inference_mode(), tqdm(loaders.val, desc="evaluate", leave=False, disable=shown) as bar:
-            for images, targets in bar:
+        device, meter = _device(model), PrecisionMeter()
+        with _evaluating(model, loaders, progress) as batches:
+            for images, targets in batches:
                 meter.update(model([image.to(device) for image in images]), targets)
-        model.train(mode)
         total, by_label = average_precision(meter.state()["images"])
         return total | {f"AP {loaders.classes[label - 1]}": value for label, value in by_label.items()}
 

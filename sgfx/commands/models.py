@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import models_zoo
 from passes.errors import InputError, let_memory_errors_pass
+from sgfx.training.modules import preserved_modes
 
 
 def make_model(name: str, options: Mapping[str, Any], seed: int = 0) -> nn.Module:
@@ -115,16 +116,12 @@ def check_takes(model: nn.Module, inputs: Tensor, name: str) -> Any:
     Raises:
         InputError: it doesn't.
     """
-    mode = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            return model(inputs)
+        with torch.no_grad(), preserved_modes(model):
+            return model.eval()(inputs)
     except Exception as error:  # code of others
         let_memory_errors_pass(error)
         raise InputError(f"{name} does not take images {list(inputs.shape)}: {error}") from error
-    finally:
-        model.train(mode)
 
 
 def own_device() -> torch.device:

@@ -11,6 +11,7 @@ import models_zoo
 import sgfx
 from sgfx import cli
 from sgfx.commands.heads import replace_head
+from sgfx.commands.models import check_takes
 
 SEVEN = ["--model", "lenet5", "--model_options", "{in_channels: 3, num_classes: 7}", "--data", "synthetic"]
 SHORT = ["--epochs", "1", "--iterations", "3", "--no_progress"]
@@ -51,6 +52,14 @@ def test_the_head_is_the_last_linear_layer_that_gives_the_scores(model, head, wi
     after = model.state_dict()
     assert all(torch.equal(x, before[name]) for name, x in after.items() if not name.startswith(head))
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_modules_keep_their_modes():
+    model = torchvision.models.resnet18()
+    model.bn1.eval()  # frozen, as a user's function may make it
+    check_takes(model, torch.randn(2, 3, 32, 32), "resnet18")
+    replace_head(model, torch.randn(2, 3, 32, 32), 5)
+    assert (model.training, model.bn1.training, model.layer1.training) == (True, False, True)
 
 
 def test_a_regrouped_head_is_replaced_by_a_dense_one():
